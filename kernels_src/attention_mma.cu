@@ -1,0 +1,403 @@
+// Attention by mma.sync, ldmatrix and cp.async: docs/numerics.md, steps 4 to 8, on every GPU since sm_80.
+//
+// A CTA of 4 warps owns 128 query rows of one head and walks over the tiles of 64 keys, which cp.async
+// brings in STAGES - 1 tiles ahead. A warp owns 32 rows, two MMA tiles, so that it uses every fragment of
+// K and V twice. S never exists as a whole: it is formed 32 keys at a time and turned into P at once,
+// which leaves the registers for two CTAs an SM at head_dim 128. The bound rarely moves; where it does,
+// Q K^T is computed again.
+//
+// Grid (row blocks, query heads, batch), block NUM_WARPS * 32, SHARED_BYTES of dynamic shared memory.
+
+#include "ptx.cuh"
+#include "softmax.cuh"
+
+constexpr int THREADS = NUM_WARPS * 32;
+constexpr int M_TILES = BLOCK_M / NUM_WARPS / 16;  // of 16 rows, a warp
+constexpr int ROWS = 2 * M_TILES;                  // a thread's: 2m + r is row 16m + 8r + g of the warp
+constexpr int KEY_BLOCKS = BLOCK_N / 8;            // columns of S that an MMA makes
+constexpr int KEY_BLOCKS_AT_ONCE = 4;
+constexpr int CHANNEL_BLOCKS = HEAD_DIM / 8;
+constexpr int QK_STEPS = HEAD_DIM / 32;
+constexpr int V_CHUNKS = BLOCK_N * (V_F16 ? 2 : 1) / 16;  // of 16 bytes, of one channel in a tile
+constexpr int PV_STEPS = V_CHUNKS / 2;
+constexpr int BLOCKS_PER_WORD = P_PER_WORD / 2;  // of S, in a word of P
+constexpr int WORDS = 2 * PV_STEPS;              // of P, a row and thread
+constexpr int MIN_CTAS = HEAD_DIM == 64 ? 3 : 2;
+constexpr unsigned ROW_SUM_COLUMN = V_F16 ? 0x3C003C00u : 0x38383838u;  // of ones
+
+static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "one swizzled panel of Q and K");
+static_assert(BLOCK_M == NUM_WARPS * M_TILES * 16, "a warp owns whole MMA tiles");
+static_assert(KEY_BLOCKS % KEY_BLOCKS_AT_ONCE == 0 && V_CHUNKS % 4 == 0, "four matrices an ldmatrix");
+static_assert(ROW_SUM_UNIT == 1.0f && ROW_SUM_ROWS == 0, "the row sum takes a column of ones, kept in a register");
+static_assert(!P_CODE && STAGES >= 2, "not written");
+
+constexpr int Q_BYTES = BLOCK_M * HEAD_DIM, K_BYTES = BLOCK_N * HEAD_DIM;
+constexpr int V_BYTES = V_CHUNKS * HEAD_DIM * 16;
+
+struct Stage {
+    unsigned char k[K_BYTES];
+    unsigned char v[V_BYTES];
+};
+
+struct SharedMemory {
+    unsigned char q[Q_BYTES];
+    Stage stages[STAGES];
+    RowState rows[BLOCK_M];  // here, because registers are short and the bound rarely moves
+};
+constexpr int SHARED_BYTES = sizeof(SharedMemory);
+static_assert(SHARED_BYTES >= BLOCK_M * HEAD_DIM * 2, "the output is staged here in the end");
+
+struct Problem {
+    int num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset;
+
+    __device__ int num_row_blocks() const { return (seq_q + BLOCK_M - 1) / BLOCK_M; }
+    __device__ int num_key_tiles() const { return (seq_kv + BLOCK_N - 1) / BLOCK_N; }
+    // The row sees the keys below this.
+    __device__ int visible_end(int row) const {
+        return CAUSAL ? min(seq_kv, row + causal_offset + 1) : seq_kv;
+    }
+};
+
+// ---- memory ------------------------------------------------------------------------------------
+
+// XOR mask of the byte address of a row: its 16-byte chunks are permuted (swizzle) so that the eight rows
+// of an ldmatrix lie in different banks.
+__device__ __forceinline__ unsigned row_swizzle(int row) {
+    return HEAD_DIM == 64 ? (row >> 1 & 3) << 4 : (row & 7) << 4;
+}
+
+// Both addresses are this thread's: its first 16 bytes of every 16 * THREADS.
+template <int BYTES> __device__ __forceinline__ void copy_to_shared(unsigned to, const char* from) {
+    static_assert(BYTES % (16 * THREADS) == 0, "every thread copies as much");
+#pragma unroll
+    for (int i = 0; i < BYTES; i += 16 * THREADS) cp_async_16(to + i, from + i);
+}
+
+// K, V and their scales of one KV head as the quantiser laid them out, a tile contiguous: what this
+// thread copies of the next tile.
+struct KeyTiles {
+    const char *k, *v;
+    int tile = 0;
+
+    __device__ KeyTiles(const void* k_codes, const void* v_codes, long long first_tile)
+        : k(static_cast<const char*>(k_codes) + first_tile * K_BYTES + threadIdx.x * 16),
+          v(static_cast<const char*>(v_codes) + first_tile * V_BYTES + threadIdx.x * 16) {}
+
+    // Every call makes one cp.async group, an empty one behind the last tile.
+    __device__ void load_next(unsigned shared, int num_tiles) {
+        if (tile < num_tiles) {
+            int stage = tile % STAGES;
+            unsigned to = shared + Q_BYTES + stage * static_cast<unsigned>(sizeof(Stage)) + threadIdx.x * 16;
+            copy_to_shared<K_BYTES>(to, k);
+            copy_to_shared<V_BYTES>(to + K_BYTES, v);
+            k += K_BYTES;
+            v += V_BYTES;
+            ++tile;
+        }
+        cp_async_commit();
+    }
+};
+
+// ---- one tile ----------------------------------------------------------------------------------
+
+// Where a lane's rows of the operands lie in shared memory, for ldmatrix.
+struct Operands {
+    unsigned q, k, v;  // k and v: of the current stage
+
+    // S of KEY_BLOCKS_AT_ONCE * 8 columns, from column 8 * block on.
+    __device__ void scores(unsigned (&s)[M_TILES][KEY_BLOCKS_AT_ONCE][4], int block) const {
+#pragma unroll
+        for (int step = 0; step < QK_STEPS; ++step) {
+            unsigned a[M_TILES][4], b[KEY_BLOCKS_AT_ONCE / 2][4];
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m) ldmatrix_x4(a[m], (q ^ step << 5) + m * 16 * HEAD_DIM);
+#pragma unroll
+            for (int i = 0; i < KEY_BLOCKS_AT_ONCE; i += 2)
+                ldmatrix_x4(b[i / 2], (k ^ step << 5) + (block + i) * 8 * HEAD_DIM);
+#pragma unroll
+            for (int i = 0; i < KEY_BLOCKS_AT_ONCE; ++i)
+#pragma unroll
+                for (int m = 0; m < M_TILES; ++m) {
+                    unsigned b0 = b[i / 2][i % 2 * 2], b1 = b[i / 2][i % 2 * 2 + 1];
+                    if (step == 0) mma_s8(s[m][i], a[m], b0, b1, SCORE_START);
+                    else mma_s8(s[m][i], a[m], b0, b1);
+                }
+        }
+    }
+};
+
+// P of a warp's rows and a tile: the A fragments of P V. Word w of a row and thread holds keys
+// w P_PER_WORD, ... of the thread's key group.
+struct Weights {
+    unsigned fragment[M_TILES][PV_STEPS][4];
+
+    __device__ unsigned& word(int row, int w) { return fragment[row / 2][w / 2][w % 2 * 2 + row % 2]; }
+    __device__ const unsigned& word(int row, int w) const {
+        return fragment[row / 2][w / 2][w % 2 * 2 + row % 2];
+    }
+
+    __device__ unsigned flags(int row) const {
+        unsigned any = 0;
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) any |= limit_flags(word(row, w));
+        return any & LIMIT_BITS;
+    }
+};
+
+// What a thread keeps from tile to tile, for its rows.
+struct State {
+    RowState* rows;  // in shared memory, from the thread's first row on: row 2m + r at 16m + 8r
+    float l[ROWS] = {};
+    float o[M_TILES][CHANNEL_BLOCKS][4] = {};  // channel 8i + 2t, + 1 of rows 2m, 2m + 1
+
+    __device__ void form_weights(Weights& p, const Operands& tile, float k_scale) const {
+        RowMap map[ROWS] = {
+            {rows[0], k_scale}, {rows[8], k_scale}, {rows[16], k_scale}, {rows[24], k_scale}};
+#pragma unroll
+        for (int block = 0; block < KEY_BLOCKS; block += KEY_BLOCKS_AT_ONCE) {
+            unsigned s[M_TILES][KEY_BLOCKS_AT_ONCE][4];
+            tile.scores(s, block);
+#pragma unroll
+            for (int i = 0; i < KEY_BLOCKS_AT_ONCE; i += BLOCKS_PER_WORD)
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) {
+                    unsigned score[P_PER_WORD];
+#pragma unroll
+                    for (int e = 0; e < P_PER_WORD; ++e) score[e] = s[r / 2][i + e / 2][r % 2 * 2 + e % 2];
+                    p.word(r, (block + i) / BLOCKS_PER_WORD) = form_p(map[r], score);
+                }
+        }
+    }
+
+    // Moves the bound of the rows whose `moves` is not 0 to their largest visible score.
+    template <bool MASKED>
+    __device__ void move_bounds(float (&alpha)[ROWS], const unsigned (&moves)[ROWS], const Operands& tile,
+                                float k_scale, const int (&visible)[ROWS]) {
+        int largest[ROWS] = {};  // below every score as it arrives
+#pragma unroll 1
+        for (int block = 0; block < KEY_BLOCKS; block += KEY_BLOCKS_AT_ONCE) {
+            unsigned s[M_TILES][KEY_BLOCKS_AT_ONCE][4];
+            tile.scores(s, block);
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+                for (int e = 0; e < 2 * KEY_BLOCKS_AT_ONCE; ++e) {
+                    int score = s[r / 2][e / 2][r % 2 * 2 + e % 2];
+                    if (!MASKED || 2 * block + e < visible[r]) largest[r] = max(largest[r], score);
+                }
+        }
+        float bound[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            bound[r] = tile_bound(largest[r], !MASKED || visible[r] > 0, rows[8 * r].scale, k_scale);
+            if (moves[r]) alpha[r] = shrink_factor(rows[8 * r].bound, bound[r]);
+        }
+        __syncwarp();  // a row's four lanes read its bound before they write it
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+            if (moves[r]) rows[8 * r].bound = bound[r];
+        __syncwarp();
+    }
+
+    // O = O alpha + T and l = l alpha + l_T, with T = P V of this tile alone.
+    __device__ void add_product(const Weights& p, const float (&alpha)[ROWS], const Operands& tile) {
+#pragma unroll
+        for (int i = 0; i < CHANNEL_BLOCKS; ++i) {
+            unsigned t[M_TILES][2] = {};
+#pragma unroll
+            for (int chunk = 0; chunk < V_CHUNKS; chunk += 4) {
+                unsigned v[4];
+                ldmatrix_x4(v, tile.v + (chunk * HEAD_DIM + i * 8) * 16);
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+#pragma unroll
+                    for (int m = 0; m < M_TILES; ++m)
+                        multiply(t[m], p.fragment[m][chunk / 2 + half], v[2 * half], v[2 * half + 1]);
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) {
+                float* o_pair = &o[r / 2][i][r % 2 * 2];
+                o_pair[0] = __fmaf_rn(o_pair[0], alpha[r], low_half(t[r / 2][r % 2]));
+                o_pair[1] = __fmaf_rn(o_pair[1], alpha[r], high_half(t[r / 2][r % 2]));
+            }
+        }
+        unsigned sum[M_TILES][2] = {};
+#pragma unroll
+        for (int step = 0; step < PV_STEPS; ++step)
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m) multiply(sum[m], p.fragment[m][step], ROW_SUM_COLUMN, ROW_SUM_COLUMN);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) l[r] = __fmaf_rn(l[r], alpha[r], low_half(sum[r / 2][r % 2]));
+    }
+
+    __device__ static void multiply(unsigned (&t)[2], const unsigned (&p)[4], unsigned b0, unsigned b1) {
+#if V_F16  // not `if constexpr`: sm_80 cannot even assemble the other one
+        mma_f16(t, p, b0, b1);
+#else
+        mma_e4m3(t, p, b0, b1);
+#endif
+    }
+
+    // Steps 4 to 7. `visible`: keys of the thread's group that its rows see.
+    template <bool MASKED>
+    __device__ void step(const Operands& tile, float k_scale, const int (&visible)[ROWS], bool first) {
+        Weights p;
+        float alpha[ROWS] = {1.0f, 1.0f, 1.0f, 1.0f};
+        unsigned moves[ROWS] = {1, 1, 1, 1};
+        for (bool again = first;; again = true) {
+            if (again) move_bounds<MASKED>(alpha, moves, tile, k_scale, visible);
+            form_weights(p, tile, k_scale);
+            if (MASKED) {
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+                    for (int w = 0; w < WORDS; ++w) p.word(r, w) = mask_p(p.word(r, w), visible[r] - w * P_PER_WORD);
+            }
+            if (again) break;
+            unsigned any = p.flags(0) | p.flags(1) | p.flags(2) | p.flags(3);
+            if (!__any_sync(FULL_MASK, any)) break;
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) moves[r] = quad_or(p.flags(r));
+        }
+        add_product(p, alpha, tile);
+    }
+};
+
+// ---- the result --------------------------------------------------------------------------------
+
+struct Output {
+    unsigned short* o;  // of this head
+    long long stride_s;
+    int head_dim, seq_q;
+
+    // The warp's rows from its part of shared memory, rows of HEAD_DIM * 2 bytes in swizzled chunks.
+    __device__ void write_rows(const unsigned char* staged, int first_row) const {
+        constexpr int CHUNKS = HEAD_DIM / 8;
+        bool chunks = (reinterpret_cast<unsigned long long>(o) | stride_s * 2 | head_dim * 2) % 16 == 0;
+        for (int i = threadIdx.x % 32; i < M_TILES * 16 * CHUNKS; i += 32) {
+            int row = i / CHUNKS, channel = i % CHUNKS * 8;
+            if (first_row + row >= seq_q || channel >= head_dim) continue;
+            const uint4* source = reinterpret_cast<const uint4*>(staged) + (i ^ (row & 7));
+            unsigned short* destination = o + (first_row + row) * stride_s + channel;
+            if (chunks) {
+                *reinterpret_cast<uint4*>(destination) = *source;
+            } else {
+                const unsigned short* values = reinterpret_cast<const unsigned short*>(source);
+                for (int e = 0; e < min(8, head_dim - channel); ++e) destination[e] = values[e];
+            }
+        }
+    }
+};
+
+// Step 8 for the warp's rows; `staged` is the warp's own part of shared memory.
+__device__ __forceinline__ void write_output(const State& state, const Output& out, unsigned char* staged,
+                                             int first_row, const float* v_scale, const float* v_offset) {
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    float reciprocal[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) reciprocal[r] = __fdiv_rn(ROW_SUM_UNIT, state.l[r]);
+#pragma unroll
+    for (int i = 0; i < CHANNEL_BLOCKS; ++i) {
+        float2 scale = *reinterpret_cast<const float2*>(v_scale + 8 * i + 2 * t);
+        float2 offset = *reinterpret_cast<const float2*>(v_offset + 8 * i + 2 * t);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            const float* o_pair = &state.o[r / 2][i][r % 2 * 2];
+            unsigned pair = output_pair(o_pair[0], o_pair[1], reciprocal[r], scale, offset);
+            if (state.l[r] == 0.0f) pair = 0;  // sees no key
+            unsigned byte = (8 * r + g) * HEAD_DIM * 2 + ((i ^ g) * 16 | t * 4);
+            *reinterpret_cast<unsigned*>(staged + byte) = pair;
+        }
+    }
+    __syncwarp();
+    out.write_rows(staged, first_row);
+}
+
+// ---- the kernel --------------------------------------------------------------------------------
+
+// o: (batch, num_heads_q, seq_q, head_dim) by strides in elements; lse: contiguous. The other buffers are
+// the quantiser's. Row i sees the keys up to i + causal_offset.
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS)
+attention(const signed char* q_codes, const float* q_scale, const float* q_mean_dot,
+          const signed char* k_codes, const float* k_scale, const float* k_scale_max,
+          const unsigned char* v_codes, const float* v_scale, const float* v_offset, void* o, float* lse,
+          long long o_stride_b, long long o_stride_h, long long o_stride_s, int batch, int num_heads_q,
+          int num_heads_kv, int seq_q, int seq_kv, int head_dim, int causal_offset, float sm_scale) {
+    extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+    SharedMemory& memory = *reinterpret_cast<SharedMemory*>(dynamic_shared);
+    const Problem problem{num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset};
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int row_block = CAUSAL ? gridDim.x - 1 - blockIdx.x : blockIdx.x;  // the longest first
+    const long long head = static_cast<long long>(blockIdx.z) * num_heads_q + blockIdx.y;
+    const long long kv_head =
+        static_cast<long long>(blockIdx.z) * num_heads_kv + blockIdx.y / (num_heads_q / num_heads_kv);
+    const long long q_tile = head * problem.num_row_blocks() + row_block;
+
+    // Tiles that some row of the CTA sees, tiles that all rows see completely, tiles that the warp sees.
+    const int first_row = row_block * BLOCK_M, warp_row = first_row + warp * M_TILES * 16;
+    const int last_row = min(first_row + BLOCK_M, seq_q) - 1;
+    const int num_tiles = (max(problem.visible_end(last_row), 0) + BLOCK_N - 1) / BLOCK_N;
+    const int num_full_tiles = max(problem.visible_end(first_row), 0) / BLOCK_N;
+    const int warp_end = problem.visible_end(warp_row + M_TILES * 16 - 1);
+
+    KeyTiles tiles(k_codes, v_codes, kv_head * problem.num_key_tiles());
+    const float* tile_k_scale = k_scale + kv_head * problem.num_key_tiles() * 4 + lane % 4;  // of the group
+    const unsigned shared = shared_address(dynamic_shared);
+    copy_to_shared<Q_BYTES>(shared + threadIdx.x * 16,
+                            reinterpret_cast<const char*>(q_codes) + q_tile * Q_BYTES + threadIdx.x * 16);
+    for (int i = 0; i < STAGES - 1; ++i) tiles.load_next(shared, num_tiles);
+
+    const float k_scale_top = k_scale_max[kv_head];
+    for (int i = threadIdx.x; i < BLOCK_M; i += THREADS) {
+        float scale = first_row + i < seq_q ? q_scale[q_tile * BLOCK_M + i] : 0.0f;
+        memory.rows[i] = {limited_row_scale(scale, k_scale_top), minus_infinity()};
+    }
+    State state{memory.rows + warp * M_TILES * 16 + lane / 4};
+
+    // ldmatrix: matrix lane / 8, row lane % 8. Q: rows 0-7, 8-15 of two chunks; K: two chunks of two key
+    // blocks; V: four chunks of a channel block.
+    const unsigned q_lane = (warp * M_TILES * 16 + lane % 16) * HEAD_DIM | (lane / 16 * 16 ^ row_swizzle(lane));
+    const unsigned k_lane =
+        (lane / 16 * 8 + lane % 8) * HEAD_DIM | (lane / 8 % 2 * 16 ^ row_swizzle(lane));
+    const unsigned v_lane = (lane / 8 * HEAD_DIM + lane % 8) * 16;
+
+    auto next_tile = [&](int tile) {  // its operands, once they have arrived
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();  // and all warps are done with the tile whose stage is loaded next
+        tiles.load_next(shared, num_tiles);
+        unsigned stage = shared + Q_BYTES + tile % STAGES * static_cast<unsigned>(sizeof(Stage));
+        return Operands{shared + q_lane, stage + k_lane, stage + K_BYTES + v_lane};
+    };
+    int visible[ROWS] = {};
+    int tile = 0;
+    for (; tile < num_full_tiles; ++tile) {
+        float group_scale = tile_k_scale[tile * 4LL];
+        Operands operands = next_tile(tile);
+        state.step<false>(operands, group_scale, visible, tile == 0);
+    }
+    for (; tile < num_tiles; ++tile) {
+        float group_scale = tile_k_scale[tile * 4LL];
+        Operands operands = next_tile(tile);
+        if (tile * BLOCK_N >= warp_end) continue;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+            visible[r] = problem.visible_end(warp_row + 8 * r + lane / 4) - tile * BLOCK_N - lane % 4 * (BLOCK_N / 4);
+        state.step<true>(operands, group_scale, visible, tile == 0);
+    }
+    __syncthreads();  // the operands make way for the output
+
+    const Output out{static_cast<unsigned short*>(o) + blockIdx.z * o_stride_b + blockIdx.y * o_stride_h,
+                     o_stride_s, head_dim, seq_q};
+    int offset_index = problem.num_key_tiles();
+    if (CAUSAL) offset_index = min(offset_index, max(first_row + causal_offset + 1, 0) / BLOCK_N);
+    write_output(state, out, dynamic_shared + warp * M_TILES * 16 * HEAD_DIM * 2, warp_row,
+                 v_scale + kv_head * HEAD_DIM,
+                 v_offset + (kv_head * (problem.num_key_tiles() + 1) + offset_index) * HEAD_DIM);
+    if (RETURN_LSE && lane % 4 == 0)
+        for (int r = 0; r < ROWS; ++r) {
+            int i = warp * M_TILES * 16 + 8 * r + lane / 4;
+            if (first_row + i < seq_q)
+                lse[head * seq_q + first_row + i] =
+                    row_lse(state.rows[8 * r].bound, state.l[r], sm_scale, q_mean_dot[q_tile * BLOCK_M + i]);
+        }
+}

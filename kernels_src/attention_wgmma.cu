@@ -1,0 +1,592 @@
+// Attention on Hopper (sm_90a): docs/numerics.md, steps 4 to 8.
+//
+// A persistent CTA of one producer warpgroup, which fills a ring of K and V tiles by bulk copies, and
+// NUM_WARPGROUPS consumer warpgroups of 64 query rows each. A consumer issues Q K^T of tile j together
+// with P V of tile j - 1 and forms P of tile j while P V runs.
+
+#include "log2.cuh"
+#include "wgmma.cuh"
+
+constexpr int NUM_WARPGROUPS = BLOCK_M / 64;
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = NUM_WARPGROUPS == 2 ? 240 : 160;
+constexpr int CONSUMER_THREADS = 128 * NUM_WARPGROUPS;
+constexpr int V_ROWS = HEAD_DIM + ROW_SUM_ROWS;
+constexpr int ROW_BYTES = HEAD_DIM;  // of Q and K, and their swizzle: 128 or 64 bytes
+constexpr unsigned LAYOUT_QK = HEAD_DIM == 64 ? LAYOUT_SWIZZLE_64 : LAYOUT_SWIZZLE_128;
+
+static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "one swizzled panel");
+static_assert(ROW_SUM_ROWS == 8, "the row sum is one more group of 8 columns of V");
+static_assert(BLOCK_N % 32 == 0, "P V takes 32 keys at a time");
+static_assert(BLOCK_M % 64 == 0, "a warpgroup owns 64 rows");
+
+constexpr int Q_BYTES = BLOCK_M * ROW_BYTES;
+constexpr int K_BYTES = BLOCK_N * ROW_BYTES;
+constexpr int V_BYTES = BLOCK_N * V_ROWS;
+constexpr int align_up(int bytes, int to) { return (bytes + to - 1) / to * to; }
+
+// What belongs to a work item beside Q. Two of them: an epilogue still reads its own when the next comes.
+struct __align__(16) ItemScales {
+    float q_scale[BLOCK_M];
+    float v_scale[HEAD_DIM];
+    float v_offset[HEAD_DIM];
+    float q_limit[4];  // the limit of row_scale (step 2), once
+};
+
+// Byte offsets into dynamic shared memory (1024-byte aligned: the swizzle is a function of the address).
+constexpr int K_OFFSET = align_up(Q_BYTES, 1024);  // of stage 0
+constexpr int V_OFFSET = K_OFFSET + K_BYTES;
+constexpr int STAGE_BYTES = align_up(K_BYTES + V_BYTES, 1024);
+constexpr int SCALE_OFFSET = K_OFFSET + STAGES * STAGE_BYTES;  // k_scale: 16 bytes a stage
+constexpr int ITEM_OFFSET = SCALE_OFFSET + STAGES * 16;
+constexpr int BARRIER_OFFSET = ITEM_OFFSET + 2 * sizeof(ItemScales);
+
+// Barriers, 8 bytes each.
+enum Barrier { Q_FULL, Q_EMPTY, K_FULL, V_FULL = K_FULL + STAGES, EMPTY = V_FULL + STAGES,
+               NUM_BARRIERS = EMPTY + STAGES };
+constexpr int SHARED_BYTES = BARRIER_OFFSET + NUM_BARRIERS * 8;
+
+struct Problem {
+    int num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset;
+
+    __device__ int num_row_blocks() const { return (seq_q + BLOCK_M - 1) / BLOCK_M; }
+    __device__ int num_key_tiles() const { return (seq_kv + BLOCK_N - 1) / BLOCK_N; }
+};
+
+// A block of query rows of one head, and the key tiles that it sees.
+struct WorkItem {
+    int head;       // batch * num_heads_q + head
+    int kv_head;    // batch * num_heads_kv + KV head
+    int row_block;
+    int num_tiles;       // tiles that some row sees
+    int num_full_tiles;  // tiles that every row sees completely
+
+    __device__ WorkItem(const Problem& problem, int heads, int index) {
+        if (CAUSAL) {  // the longest first
+            row_block = problem.num_row_blocks() - 1 - index / heads;
+            head = index % heads;
+        } else {
+            row_block = index % problem.num_row_blocks();
+            head = index / problem.num_row_blocks();
+        }
+        int b = head / problem.num_heads_q, h = head % problem.num_heads_q;
+        kv_head = b * problem.num_heads_kv + h / (problem.num_heads_q / problem.num_heads_kv);
+        num_tiles = num_full_tiles = problem.num_key_tiles();
+        if (CAUSAL) {
+            int first = row_block * BLOCK_M + problem.causal_offset + 1;  // keys that the first row sees
+            int last = min(row_block * BLOCK_M + BLOCK_M, problem.seq_q) + problem.causal_offset;
+            num_full_tiles = min(num_full_tiles, max(first, 0) / BLOCK_N);
+            num_tiles = min(num_tiles, (max(last, 0) + BLOCK_N - 1) / BLOCK_N);
+        }
+    }
+};
+
+// Position in a ring of stages: the index and the parity of the barriers' current phase.
+struct RingPosition {
+    int stage = 0;
+    unsigned parity = 0;
+    __device__ void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// The n-th work item of this CTA. Causal items come in order of length; going back and forth through
+// them gives every CTA about the same sum.
+__device__ __forceinline__ int work_index(int n) {
+    int lane = CAUSAL && n % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    return n * gridDim.x + lane;
+}
+
+// ---- producer ----------------------------------------------------------------------------------
+
+__device__ __forceinline__ void produce(unsigned shared, const signed char* q_codes,
+                                        const float* q_scale, const signed char* k_codes,
+                                        const float* k_scale, const float* k_scale_max,
+                                        const unsigned char* v_codes, const float* v_scale,
+                                        const float* v_offset, ItemScales* scales, const Problem& problem,
+                                        int heads) {
+    unsigned barriers = shared + BARRIER_OFFSET;
+    int num_items = heads * problem.num_row_blocks(), key_tiles = problem.num_key_tiles();
+    RingPosition ring;
+    for (int n = 0, index; (index = work_index(n)) < num_items; ++n) {
+        WorkItem item(problem, heads, index);
+        if (n > 0) mbarrier_wait(barriers + 8 * Q_EMPTY, (n - 1) & 1);
+        long long q_tile = static_cast<long long>(item.head) * problem.num_row_blocks() + item.row_block;
+        long long kv_head = item.kv_head, offset = kv_head * (key_tiles + 1) + item.num_full_tiles;
+        ItemScales& destination = scales[n % 2];
+        unsigned q_full = barriers + 8 * Q_FULL;
+        destination.q_limit[0] = __fdiv_rn(0.25f, k_scale_max[kv_head]);
+        mbarrier_arrive_expect_bytes(q_full, Q_BYTES + 4 * (BLOCK_M + 2 * HEAD_DIM));
+        bulk_copy(shared, q_codes + q_tile * Q_BYTES, Q_BYTES, q_full);
+        bulk_copy(shared_address(destination.q_scale), q_scale + q_tile * BLOCK_M, 4 * BLOCK_M, q_full);
+        bulk_copy(shared_address(destination.v_scale), v_scale + kv_head * HEAD_DIM, 4 * HEAD_DIM, q_full);
+        bulk_copy(shared_address(destination.v_offset), v_offset + offset * HEAD_DIM, 4 * HEAD_DIM, q_full);
+        for (int j = 0; j < item.num_tiles; ++j, ring.advance()) {
+            unsigned k_full = barriers + 8 * (K_FULL + ring.stage), v_full = barriers + 8 * (V_FULL + ring.stage);
+            unsigned stage = shared + ring.stage * STAGE_BYTES;
+            long long tile = static_cast<long long>(item.kv_head) * key_tiles + j;
+            mbarrier_wait(barriers + 8 * (EMPTY + ring.stage), ring.parity ^ 1);
+            mbarrier_arrive_expect_bytes(k_full, K_BYTES + 16);
+            bulk_copy(stage + K_OFFSET, k_codes + tile * K_BYTES, K_BYTES, k_full);
+            bulk_copy(shared + SCALE_OFFSET + 16 * ring.stage, k_scale + 4 * tile, 16, k_full);
+            mbarrier_arrive_expect_bytes(v_full, V_BYTES);
+            bulk_copy(stage + V_OFFSET, v_codes + tile * V_BYTES, V_BYTES, v_full);
+        }
+    }
+}
+
+// ---- consumer ----------------------------------------------------------------------------------
+
+// Keys of the tile that a row sees: all below this index in the tile.
+__device__ __forceinline__ int visible_keys(const Problem& problem, int row, int tile) {
+    int end = problem.seq_kv;
+    if (CAUSAL) end = min(end, row + problem.causal_offset + 1);
+    return end - tile * BLOCK_N;
+}
+
+// ---- steps 5 and 6: bound and P -----------------------------------------------------------------
+
+constexpr unsigned SCORE_START = P_CODE ? 0x00400000u : 0x4B400000u;  // accumulators of S start here
+constexpr unsigned FULL_MASK = 0xFFFFFFFFu;
+constexpr int WORDS = BLOCK_N / 16;  // of P a row and thread: 4 codes each, of keys 4i .. 4i + 3 of the group
+
+__device__ __forceinline__ float ex2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+struct RowState {
+    float scale;  // row_scale
+    float bound = __int_as_float(0xFF800000);
+    float alpha;         // by which a move of the bound scales what was summed before
+    bool moved;          // in the latest tile
+    float l = 0.0f;
+};
+
+// One row of a tile: P of score s is formed as fma(float(s), a, b).
+struct RowMap {
+    float a, b;
+
+    __device__ RowMap(const RowState& row, float k_scale) {
+        float score_scale = __fmul_rn(row.scale, k_scale);
+        if (P_CODE) {
+            const float UNIT = __int_as_float(1);  // 2**-149: a denormal is an integer in this unit
+            float n = rintf(__fmul_rn(33554432.0f, score_scale));
+            a = __fmul_rn(n, 2.384185791015625e-7f);
+            b = __fmul_rn(__fsub_rn(__fsub_rn(8.0f * (AIM + 7), row.bound), n), UNIT);
+        } else {
+            a = score_scale;
+            b = __fadd_rd(__fsub_rd(float(AIM), row.bound), -__fmul_ru(12582912.0f, a));
+        }
+    }
+
+    __device__ float operator()(unsigned s) const { return __fmaf_rn(__uint_as_float(s), a, b); }
+};
+
+// Four codes of P in a word.
+__device__ __forceinline__ unsigned pack_p(float x0, float x1, float x2, float x3) {
+    unsigned word;
+    if (P_CODE) {
+        asm("{\n.reg .b32 high;\n"
+            "cvt.pack.sat.u8.s32.b32 high, %4, %3, 0;\n"
+            "cvt.pack.sat.u8.s32.b32 %0, %2, %1, high;\n}"
+            : "=r"(word)
+            : "r"(__float_as_int(x0)), "r"(__float_as_int(x1)), "r"(__float_as_int(x2)),
+              "r"(__float_as_int(x3)));
+    } else {
+        asm("{\n.reg .b16 low, high;\n"
+            "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+            "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+            "mov.b32 %0, {low, high};\n}"
+            : "=r"(word)
+            : "f"(ex2(x0)), "f"(ex2(x1)), "f"(ex2(x2)), "f"(ex2(x3)));
+    }
+    return word;
+}
+
+// Word i of a row is register 4 (i / 2) + 2 (i % 2) + r of the A fragments; its scores are
+// s[8i + 2r], s[8i + 2r + 1], s[8i + 4 + 2r], s[8i + 5 + 2r].
+__device__ __forceinline__ constexpr int word_index(int i, int r) { return 4 * (i / 2) + 2 * (i % 2) + r; }
+
+__device__ __forceinline__ void form_p(unsigned (&p)[2 * WORDS], const unsigned (&s)[8 * WORDS],
+                                       const RowState (&row)[2], float k_scale) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        RowMap map(row[r], k_scale);
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i)
+            p[word_index(i, r)] = pack_p(map(s[8 * i + 2 * r]), map(s[8 * i + 2 * r + 1]),
+                                         map(s[8 * i + 4 + 2 * r]), map(s[8 * i + 5 + 2 * r]));
+    }
+}
+
+// P = 0 for keys that a row does not see: `visible[r]` keys of the thread's group are visible.
+__device__ __forceinline__ void mask_p(unsigned (&p)[2 * WORDS], const int (&visible)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            int bytes = visible[r] - 4 * i;
+            if (bytes < 4) p[word_index(i, r)] &= bytes <= 0 ? 0u : (1u << 8 * bytes) - 1;
+        }
+}
+
+// True if a code of the row is 126 or more, in any thread of the quad.
+__device__ __forceinline__ bool reached_limit(const unsigned (&p)[2 * WORDS], int r) {
+    unsigned high = 0;
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+        unsigned word = p[word_index(i, r)];
+        high |= P_CODE ? (word + 0x02020202u) | word : word + 0x02020202u;
+    }
+    high |= __shfl_xor_sync(FULL_MASK, high, 1);
+    high |= __shfl_xor_sync(FULL_MASK, high, 2);
+    return high & 0x80808080u;
+}
+
+// The bound that the visible scores of this tile ask for.
+__device__ __forceinline__ float tile_bound(const unsigned (&s)[8 * WORDS], int r, int visible,
+                                            float score_scale) {
+    int largest = 0;  // below every score as it arrives
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            int score = s[8 * i + 2 * r + (e & 1) + (e & 2) * 2];
+            largest = 4 * i + e < visible ? max(largest, score) : largest;
+        }
+    float bound = __int_as_float(0xFF800000);
+    if (visible > 0) {
+        float a = P_CODE ? __fmul_rn(rintf(__fmul_rn(33554432.0f, score_scale)), 2.384185791015625e-7f)
+                         : score_scale;
+        bound = fmaxf(bound, __fmul_ru(__int2float_rn(largest - int(SCORE_START)), a));
+    }
+    bound = fmaxf(bound, __shfl_xor_sync(FULL_MASK, bound, 1));
+    bound = fmaxf(bound, __shfl_xor_sync(FULL_MASK, bound, 2));
+    return P_CODE ? ceilf(bound) : bound;
+}
+
+// Moves the bound of the rows that are marked.
+__device__ __forceinline__ void move_bound(RowState (&row)[2],
+                                           const unsigned (&s)[8 * WORDS], const int (&visible)[2],
+                                           float k_scale, bool first) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float bound = tile_bound(s, r, visible[r], __fmul_rn(row[r].scale, k_scale));
+        if (!row[r].moved) continue;
+        float change = __fsub_rn(row[r].bound, bound);
+        row[r].alpha = first ? 0.0f : ex2(P_CODE ? __fmul_rn(change, 0.125f) : change);
+        row[r].bound = bound;
+    }
+}
+
+// Steps 5 and 6 for one tile: P, and the bound and alpha of both rows.
+__device__ __forceinline__ void softmax_tile(unsigned (&p)[2 * WORDS], RowState (&row)[2],
+                                             const unsigned (&s)[8 * WORDS], const int (&visible)[2],
+                                             float k_scale, bool masked, bool first) {
+    row[0].moved = row[1].moved = first;
+    if (!first) {
+        form_p(p, s, row, k_scale);
+        if (masked) mask_p(p, visible);
+        row[0].moved = reached_limit(p, 0);
+        row[1].moved = reached_limit(p, 1);
+    }
+    if (first || __any_sync(FULL_MASK, row[0].moved || row[1].moved)) {
+        move_bound(row, s, visible, k_scale, first);
+        form_p(p, s, row, k_scale);
+        if (masked) mask_p(p, visible);
+    }
+}
+
+// ---- consumer ----------------------------------------------------------------------------------
+
+// Keys of a tile that a row sees, counted from the first key of the thread's group.
+__device__ __forceinline__ int visible_keys(const Problem& problem, int row, int tile, int group) {
+    int end = problem.seq_kv;
+    if (CAUSAL) end = min(end, row + problem.causal_offset + 1);
+    return end - tile * BLOCK_N - group * (BLOCK_N / 4);
+}
+
+// q, k, v: low words of the descriptors of the warpgroup's Q, of the tile's K and V.
+__device__ __forceinline__ void issue_qk(unsigned (&s)[BLOCK_N / 2], unsigned q, unsigned k) {
+    constexpr unsigned HIGH = descriptor_high(8 * ROW_BYTES, LAYOUT_QK);
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = SCORE_START;
+    wgmma_fence();
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM; d += 32) wgmma_s8<HIGH>(s, q + d / 16, k + d / 16);
+    wgmma_commit();
+}
+
+__device__ __forceinline__ void issue_pv(unsigned (&t)[V_ROWS / 4], const unsigned (&p)[2 * WORDS],
+                                         unsigned v, bool accumulate) {
+    constexpr unsigned HIGH = descriptor_high(128, LAYOUT_PLAIN);
+    wgmma_fence();
+#pragma unroll
+    for (int key = 0; key < BLOCK_N; key += 32)
+        wgmma_e4m3<HIGH>(t, p + key / 8, v + key * V_ROWS / 16, key > 0 || accumulate);
+    wgmma_commit();
+}
+
+__device__ __forceinline__ float low_half(unsigned pair) {
+    float x;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, low;\n}" : "=f"(x) : "r"(pair));
+    return x;
+}
+
+__device__ __forceinline__ float high_half(unsigned pair) {
+    float x;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, high;\n}" : "=f"(x) : "r"(pair));
+    return x;
+}
+
+// Step 7: O = O + T and l = l + l_T for one row.
+__device__ __forceinline__ void promote(float (&o)[HEAD_DIM / 2], RowState& row,
+                                        const unsigned (&t)[V_ROWS / 4], int r) {
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; ++i) {
+        o[4 * i + 2 * r] = __fadd_rn(o[4 * i + 2 * r], low_half(t[2 * i + r]));
+        o[4 * i + 2 * r + 1] = __fadd_rn(o[4 * i + 2 * r + 1], high_half(t[2 * i + r]));
+    }
+    row.l = __fadd_rn(row.l, low_half(t[HEAD_DIM / 4 + r]));
+}
+
+// What was summed before the bound moved, in units of the new bound.
+__device__ __forceinline__ void rescale(float (&o)[HEAD_DIM / 2], RowState& row, int r) {
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; ++i) {
+        o[4 * i + 2 * r] = __fmul_rn(o[4 * i + 2 * r], row.alpha);
+        o[4 * i + 2 * r + 1] = __fmul_rn(o[4 * i + 2 * r + 1], row.alpha);
+    }
+    row.l = __fmul_rn(row.l, row.alpha);
+}
+
+struct Output {
+    void* o;
+    float* lse;
+    long long stride_b, stride_h, stride_s;
+    int head_dim;
+    bool pairs;  // two neighbouring channels can be written at once
+};
+
+__device__ __forceinline__ unsigned pack_output(float low, float high) {
+    unsigned pair;
+    if (OUT_BF16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// Step 8 for one row.
+__device__ __forceinline__ void write_row(const Output& out, unsigned short* destination,
+                                          const float (&o)[HEAD_DIM / 2], const RowState& row, int r,
+                                          const ItemScales& scales) {
+    float reciprocal = __fdiv_rn(ROW_SUM_UNIT, row.l);
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; ++i) {
+        int column = 8 * i + threadIdx.x % 4 * 2;
+        float2 scale = *reinterpret_cast<const float2*>(scales.v_scale + column);
+        float2 offset = *reinterpret_cast<const float2*>(scales.v_offset + column);
+        float low = __fmaf_rn(__fmul_rn(o[4 * i + 2 * r], reciprocal), scale.x, offset.x);
+        float high = __fmaf_rn(__fmul_rn(o[4 * i + 2 * r + 1], reciprocal), scale.y, offset.y);
+        unsigned pair = row.l == 0.0f ? 0u : pack_output(low, high);
+        if (out.pairs) {
+            if (column < out.head_dim) *reinterpret_cast<unsigned*>(destination + column) = pair;
+        } else {
+            if (column < out.head_dim) destination[column] = static_cast<unsigned short>(pair);
+            if (column + 1 < out.head_dim) destination[column + 1] = static_cast<unsigned short>(pair >> 16);
+        }
+    }
+}
+
+__device__ __forceinline__ float row_lse(const RowState& row, float sm_scale, float q_mean_dot) {
+    const float LN2 = 0.693147180559945309f;
+    if (row.l == 0.0f) return __int_as_float(0xFF800000);
+    float sum = log2_rn(__fdiv_rn(row.l, ROW_SUM_UNIT));
+    float top = P_CODE ? __fsub_rn(__fmul_rn(row.bound, 0.125f), CODE_LOG2_P) : __fsub_rn(row.bound, float(AIM));
+    return __fmaf_rn(__fadd_rn(top, sum), LN2, __fmul_rn(sm_scale, q_mean_dot));
+}
+
+struct Consumer {
+    const Problem& problem;
+    unsigned shared, barriers;
+    unsigned q, k, v;    // descriptors: the warpgroup's rows of Q, K and V of stage 0
+    int warpgroup;
+    int first_row;       // of this thread: g and g + 8 of its warp
+    RingPosition ring;   // of the tile whose K is next
+    RowState row[2];
+    unsigned s[BLOCK_N / 2];     // S: integer scores as they arrive (step 6)
+    unsigned p[2][BLOCK_N / 8];  // P: E4M3 codes, the A fragments of P V, of this tile and the last
+    unsigned t[V_ROWS / 4];      // T = P V of one tile, FP16 pairs; the last group is the row sum
+    float o[HEAD_DIM / 2];       // O
+
+    __device__ void release(unsigned barrier) {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+    }
+
+    __device__ float wait_k(int stage, unsigned parity) {
+        mbarrier_wait(barriers + 8 * (K_FULL + stage), parity);
+        float scale;
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(scale)
+                     : "r"(shared + SCALE_OFFSET + 16 * stage + threadIdx.x % 4 * 4) : "memory");
+        return scale;
+    }
+
+    __device__ void softmax(unsigned (&p)[2 * WORDS], const WorkItem& item, int tile, float k_scale) {
+        int group = threadIdx.x % 4;
+        int visible[2] = {visible_keys(problem, first_row, tile, group),
+                          visible_keys(problem, first_row + 8, tile, group)};
+        bool masked = tile >= item.num_full_tiles || tile >= problem.seq_kv / BLOCK_N;
+        softmax_tile(p, row, s, visible, k_scale, masked, tile == 0);
+    }
+
+    // P V of the tile at `at`, added to T unless a promotion interval begins with that tile.
+    __device__ void issue_products(const unsigned (&p)[2 * WORDS], RingPosition at, int tile) {
+        mbarrier_wait(barriers + 8 * (V_FULL + at.stage), at.parity);
+        issue_pv(t, p, v + at.stage * (STAGE_BYTES / 16), tile % PROMOTE_EVERY != 0);
+    }
+
+    // After P V of `tile`: promotion at the end of an interval; a row whose bound has moved since
+    // starts anew with T = 0.
+    __device__ void collect(int tile) {
+        bool end = tile % PROMOTE_EVERY == PROMOTE_EVERY - 1;
+        if (end) {
+            promote(o, row[0], t, 0);
+            promote(o, row[1], t, 1);
+        }
+        if (!__any_sync(FULL_MASK, row[0].moved || row[1].moved)) return;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            if (!row[r].moved) continue;
+            if (!end) promote(o, row[r], t, r);
+            rescale(o, row[r], r);
+#pragma unroll
+            for (int i = 0; i < V_ROWS / 8; ++i) t[2 * i + r] = 0;
+        }
+    }
+
+    // Tile j: Q K^T, P V of tile j - 1 beside it, then P.
+    template <int BUFFER> __device__ void step(const WorkItem& item, int tile) {
+        RingPosition last = ring;
+        ring.advance();
+        float k_scale = wait_k(ring.stage, ring.parity);
+#if PINGPONG
+        named_barrier_sync(1 + warpgroup, 256);
+#endif
+        issue_qk(s, q, k + ring.stage * (STAGE_BYTES / 16));
+        issue_products(p[BUFFER ^ 1], last, tile - 1);
+#if PINGPONG
+        named_barrier_arrive(2 - warpgroup, 256);
+#endif
+        wgmma_wait<1>();
+        softmax(p[BUFFER], item, tile, k_scale);
+        wgmma_wait<0>();
+        release(barriers + 8 * (EMPTY + last.stage));
+        collect(tile - 1);
+    }
+
+    template <int BUFFER> __device__ void finish(int tile) {
+        issue_products(p[BUFFER], ring, tile);
+        wgmma_wait<0>();
+        release(barriers + 8 * (EMPTY + ring.stage));
+        promote(o, row[0], t, 0);
+        promote(o, row[1], t, 1);
+        ring.advance();
+    }
+
+    __device__ void attend(const WorkItem& item) {
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0.0f;
+        if (item.num_tiles == 0) return release(barriers + 8 * Q_EMPTY);
+        float k_scale = wait_k(ring.stage, ring.parity);
+        issue_qk(s, q, k + ring.stage * (STAGE_BYTES / 16));
+        wgmma_wait<0>();
+        softmax(p[0], item, 0, k_scale);
+        int tile = 1;
+        for (; tile + 1 < item.num_tiles; tile += 2) {
+            step<1>(item, tile);
+            step<0>(item, tile + 1);
+        }
+        if (tile < item.num_tiles) step<1>(item, tile);
+        release(barriers + 8 * Q_EMPTY);
+        if (tile < item.num_tiles) finish<1>(tile);
+        else finish<0>(tile - 1);
+    }
+};
+
+__device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_scales, const float* q_mean_dot,
+                                        const Output& out, const Problem& problem, int heads, float sm_scale) {
+    int warpgroup = __shfl_sync(FULL_MASK, threadIdx.x / 128, 0) - 1, lane = threadIdx.x % 32;
+    int row_in_block = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+    int num_items = heads * problem.num_row_blocks();
+    Consumer consumer{problem, shared, shared + BARRIER_OFFSET,
+                      descriptor_low(shared + warpgroup * 64 * ROW_BYTES, 16),
+                      descriptor_low(shared + K_OFFSET, 16), descriptor_low(shared + V_OFFSET, V_ROWS * 16), warpgroup};
+#if PINGPONG
+    if (warpgroup == 1) named_barrier_arrive(1, 256);
+#endif
+    for (int n = 0, index; (index = work_index(n)) < num_items; ++n) {
+        WorkItem item(problem, heads, index);
+        const ItemScales& scales = item_scales[n % 2];
+        consumer.first_row = item.row_block * BLOCK_M + row_in_block;
+        mbarrier_wait(consumer.barriers + 8 * Q_FULL, n & 1);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float scale = scales.q_scale[row_in_block + 8 * r], limit = scales.q_limit[0];
+            consumer.row[r] = RowState{scale > limit ? limit : scale};
+        }
+        consumer.attend(item);
+
+        int b = item.head / problem.num_heads_q, h = item.head % problem.num_heads_q;
+        unsigned short* head = static_cast<unsigned short*>(out.o) + b * out.stride_b + h * out.stride_h;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            int row = item.row_block * BLOCK_M + row_in_block + 8 * r;
+            if (row >= problem.seq_q) continue;
+            write_row(out, head + row * out.stride_s, consumer.o, consumer.row[r], r, scales);
+            if (RETURN_LSE && lane % 4 == 0) {
+                float dot = q_mean_dot[static_cast<long long>(item.head) * problem.num_row_blocks() * BLOCK_M + row];
+                out.lse[static_cast<long long>(item.head) * problem.seq_q + row] =
+                    row_lse(consumer.row[r], sm_scale, dot);
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128 + CONSUMER_THREADS, 1)
+attention(const signed char* q_codes, const float* q_scale, const float* q_mean_dot, const signed char* k_codes,
+          const float* k_scale, const float* k_scale_max, const unsigned char* v_codes, const float* v_scale,
+          const float* v_offset, void* o, float* lse, long long o_stride_b, long long o_stride_h,
+          long long o_stride_s, int batch, int num_heads_q, int num_heads_kv, int seq_q, int seq_kv,
+          int head_dim, int causal_offset, float sm_scale) {
+    extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+    unsigned shared = shared_address(dynamic_shared), barriers = shared + BARRIER_OFFSET;
+    ItemScales* item_scales = reinterpret_cast<ItemScales*>(dynamic_shared + ITEM_OFFSET);
+    Problem problem{num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset};
+    if (threadIdx.x == 0) {
+        mbarrier_init(barriers + 8 * Q_FULL, 1);
+        mbarrier_init(barriers + 8 * Q_EMPTY, CONSUMER_THREADS / 32);
+        for (int stage = 0; stage < STAGES; ++stage) {
+            mbarrier_init(barriers + 8 * (K_FULL + stage), 1);
+            mbarrier_init(barriers + 8 * (V_FULL + stage), 1);
+            mbarrier_init(barriers + 8 * (EMPTY + stage), CONSUMER_THREADS / 32);
+        }
+        mbarrier_fence_init();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        registers_lower<PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0)
+            produce(shared, q_codes, q_scale, k_codes, k_scale, k_scale_max, v_codes, v_scale, v_offset,
+                    item_scales, problem, batch * num_heads_q);
+    } else {
+        registers_raise<CONSUMER_REGISTERS>();
+        Output out{o, lse, o_stride_b, o_stride_h, o_stride_s, head_dim,
+                   head_dim % 2 == 0 && (o_stride_b | o_stride_h | o_stride_s) % 2 == 0 &&
+                       reinterpret_cast<unsigned long long>(o) % 4 == 0};
+        consume(shared, item_scales, q_mean_dot, out, problem, batch * num_heads_q, sm_scale);
+    }
+}

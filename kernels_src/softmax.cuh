@@ -1,0 +1,124 @@
+// Steps 5, 6 and 8 of docs/numerics.md for one row of a tile, as one thread of a quad holds it: the
+// scores of its key group, in key order. Nothing here knows the shape of a matrix instruction.
+//
+// Compiled with: BLOCK_N, V_F16, P_CODE, AIM, ROW_SUM_UNIT, OUT_BF16.
+#pragma once
+
+#include "log2.cuh"
+#include "ptx.cuh"
+
+static_assert(!(V_F16 && P_CODE), "the form `code` makes E4M3 codes");
+
+constexpr unsigned SCORE_START = P_CODE ? 0x00400000u : 0x4B400000u;  // accumulators of S start here
+constexpr unsigned FULL_MASK = 0xFFFFFFFFu;
+constexpr int P_PER_WORD = V_F16 ? 2 : 4;
+constexpr int P_BITS = 32 / P_PER_WORD;
+constexpr unsigned LIMIT_BITS = V_F16 ? 0x40004000u : 0x80808080u;  // of `limit_flags`
+
+__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xFF800000); }
+
+struct RowState {
+    float scale;  // row_scale
+    float bound;
+};
+
+__device__ __forceinline__ float limited_row_scale(float q_scale, float k_scale_max) {
+    float limit = __fdiv_rn(0.25f, k_scale_max);
+    return q_scale > limit ? limit : q_scale;  // a NaN stays
+}
+
+// ---- step 6: P ---------------------------------------------------------------------------------
+
+// The factor of the integer score: log2 of P, or code units, a step of S.
+__device__ __forceinline__ float score_factor(float row_scale, float k_scale) {
+    float a = __fmul_rn(row_scale, k_scale);
+    if (P_CODE) a = __fmul_rn(rintf(__fmul_rn(33554432.0f, a)), 2.384185791015625e-7f);
+    return a;
+}
+
+// P of a score s is formed as fma(float(s), a, b).
+struct RowMap {
+    float a, b;
+
+    __device__ RowMap(const RowState& row, float k_scale) : a(score_factor(row.scale, k_scale)) {
+        if (P_CODE) {
+            const float UNIT = __int_as_float(1);  // 2**-149: a denormal is an integer in this unit
+            b = __fsub_rn(__fsub_rn(112.0f, row.bound), __fmul_rn(4194304.0f, a));
+            b = __fmul_rn(b, UNIT);
+        } else {
+            b = __fadd_rd(__fsub_rd(float(AIM), row.bound), -__fmul_ru(12582912.0f, a));
+        }
+    }
+
+    __device__ float operator()(unsigned score) const { return __fmaf_rn(__uint_as_float(score), a, b); }
+};
+
+// A word of P from the scores of consecutive keys, s[0] .. s[P_PER_WORD - 1].
+__device__ __forceinline__ unsigned form_p(const RowMap& map, const unsigned (&s)[P_PER_WORD]) {
+    if constexpr (V_F16)
+        return cvt_f16x2(ex2(map(s[0])), ex2(map(s[1])));
+    else if constexpr (P_CODE)
+        return cvt_u8x4(__float_as_int(map(s[0])), __float_as_int(map(s[1])), __float_as_int(map(s[2])),
+                        __float_as_int(map(s[3])));
+    else
+        return cvt_e4m3x4(ex2(map(s[0])), ex2(map(s[1])), ex2(map(s[2])), ex2(map(s[3])));
+}
+
+// P = 0 for the keys that the row does not see: it sees the first `visible` of the word's (any integer).
+__device__ __forceinline__ unsigned mask_p(unsigned word, int visible) {
+    unsigned keep = visible >= P_PER_WORD ? ~0u : visible <= 0 ? 0u : (1u << visible * P_BITS) - 1;
+    return word & keep;
+}
+
+// ---- step 5: the bound -------------------------------------------------------------------------
+
+// Has one of LIMIT_BITS set if a P of the word reached the limit or is NaN. Flags of several words may
+// be or-ed first.
+__device__ __forceinline__ unsigned limit_flags(unsigned word) {
+    if (V_F16) return word;  // 2.0 is 0x4000
+    return P_CODE ? (word + 0x02020202u) | word : word + 0x02020202u;  // code 126 becomes 0x80
+}
+
+__device__ __forceinline__ unsigned quad_or(unsigned x) {
+    x |= __shfl_xor_sync(FULL_MASK, x, 1);
+    return x | __shfl_xor_sync(FULL_MASK, x, 2);
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, 1));
+    return fmaxf(x, __shfl_xor_sync(FULL_MASK, x, 2));
+}
+
+// The bound that a tile asks for: `largest` is the thread's largest visible score as it arrived
+// (with SCORE_START), if it sees any. All four threads of the quad call this.
+__device__ __forceinline__ float tile_bound(int largest, bool any_visible, float row_scale, float k_scale) {
+    float score = __int2float_rn(largest - static_cast<int>(SCORE_START));
+    float bound = fmaxf(minus_infinity(), __fmul_ru(score, score_factor(row_scale, k_scale)));  // drops NaN
+    bound = quad_max(any_visible ? bound : minus_infinity());
+    return P_CODE ? ceilf(bound) : bound;
+}
+
+// alpha: what O and l shrink by when the bound moves.
+__device__ __forceinline__ float shrink_factor(float bound, float new_bound) {
+    float change = __fsub_rn(bound, new_bound);
+    return bound == minus_infinity() ? 0.0f : ex2(P_CODE ? __fmul_rn(change, 0.125f) : change);
+}
+
+// ---- step 8: the result ------------------------------------------------------------------------
+
+// Two neighbouring channels, rounded and packed. `reciprocal` is div(ROW_SUM_UNIT, l).
+__device__ __forceinline__ unsigned output_pair(float o0, float o1, float reciprocal, float2 v_scale,
+                                                float2 v_offset) {
+    o0 = __fmaf_rn(__fmul_rn(o0, reciprocal), v_scale.x, v_offset.x);
+    o1 = __fmaf_rn(__fmul_rn(o1, reciprocal), v_scale.y, v_offset.y);
+    return OUT_BF16 ? cvt_bf16x2(o0, o1) : cvt_f16x2(o0, o1);
+}
+
+// Natural-log LSE of the unsmoothed scores; -inf for a row that sees no key.
+__device__ __forceinline__ float row_lse(float bound, float l, float sm_scale, float q_mean_dot) {
+    const float LN2 = 0.693147180559945309f;
+    if (l == 0.0f) return minus_infinity();
+    float top = P_CODE ? __fmul_rn(__fsub_rn(bound, 56.0f), 0.125f) : __fsub_rn(bound, float(AIM));
+    float log2_sum = log2_rn(__fdiv_rn(l, ROW_SUM_UNIT));
+    return __fmaf_rn(__fadd_rn(top, log2_sum), LN2, __fmul_rn(sm_scale, q_mean_dot));
+}

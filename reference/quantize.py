@@ -1,0 +1,245 @@
+"""Q, K and V to INT8, INT8 and E4M3 or FP16: sections 1 to 3 of docs/numerics.md.
+
+Arrays are (..., seq_len, head_dim) with any leading dimensions, one (batch, head) each. Inputs are
+FP16 or BF16; inside, the head dimension is padded with zeros to `plan.head_dim`. Keys are kept in
+their natural order, cut into tiles of `plan.block_n` and padded with zeros: (..., n_tiles, block_n,
+head_dim). `k_order` and `v_order` give the order in which the kernels store them (`layout.py`).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import formats
+
+INT8_MAX = np.float32(127)
+SUM_CHUNKS, SUM_LANES = 16, 16
+KEY_GROUPS = 4  # scales of K a tile: one for each thread of a quad
+LOST_UNIT = np.float32(65536)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of one tensor, per channel (..., head_dim): FP32 extremes and sum over the sequence."""
+
+    minimum: np.ndarray
+    maximum: np.ndarray
+    total: np.ndarray
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What quantisation needs to know of each channel, (..., head_dim)."""
+
+    k_mean: np.ndarray
+    balance: np.ndarray  #: 2**e: Q is multiplied by it, K divided
+    v_mean: np.ndarray
+    v_spread: np.ndarray
+
+
+@dataclass(frozen=True)
+class QuantizedQ:
+    codes: np.ndarray  #: (..., seq_q, head_dim) int8
+    scale: np.ndarray  #: (..., seq_q), softmax scale included
+    mean_dot: np.ndarray  #: (..., seq_q): q . k_mean, for the LSE
+
+
+@dataclass(frozen=True)
+class QuantizedK:
+    codes: np.ndarray  #: (..., n_tiles, block_n, head_dim) int8
+    scale: np.ndarray  #: (..., n_tiles, 4), one for each quarter of the tile's keys
+    scale_max: np.ndarray  #: (...)
+
+
+@dataclass(frozen=True)
+class QuantizedV:
+    codes: np.ndarray  #: (..., n_tiles, block_n, head_dim), uint8 E4M3 codes or float16
+    scale: np.ndarray  #: (..., head_dim)
+    offset: np.ndarray  #: (..., n_tiles + 1, head_dim)
+
+    def values(self):
+        """The codes as float32."""
+        return formats.from_e4m3(self.codes) if self.codes.dtype == np.uint8 else self.codes.astype(np.float32)
+
+
+def k_order(plan):
+    """Key (its place in the tile) of every column of K: key group t lands in thread t of a quad."""
+    column = np.arange(plan.block_n)
+    return column % 8 // 2 * (plan.block_n // KEY_GROUPS) + column // 8 * 2 + column % 2
+
+
+def v_order(plan):
+    """Key (its place in the tile) of every position of V along the products: P's fragment order."""
+    if plan.v_dtype == "f16":
+        return k_order(plan)
+    position = np.arange(plan.block_n)
+    return position % 16 // 4 * (plan.block_n // KEY_GROUPS) + position // 16 * 4 + position % 4
+
+
+def widen(x, head_dim):
+    """Float32 of FP16 or BF16, the last dimension padded with zeros to `head_dim`."""
+    padding = [(0, 0)] * (x.ndim - 1) + [(0, head_dim - x.shape[-1])]
+    return np.pad(np.asarray(x).astype(np.float32), padding)
+
+
+def finite(x):
+    """K and V as everything below sees them: an element that is NaN or infinite counts as 0."""
+    return np.where(np.isfinite(x), x, np.float32(0))
+
+
+def in_tiles(x, block_n):
+    """(..., seq_kv, head_dim) -> (..., n_tiles, block_n, head_dim), padded with zeros."""
+    *lead, seq_kv, head_dim = x.shape
+    n_tiles = -(-seq_kv // block_n)
+    padding = [(0, 0)] * len(lead) + [(0, n_tiles * block_n - seq_kv), (0, 0)]
+    return np.pad(x, padding).reshape(*lead, n_tiles, block_n, head_dim)
+
+
+# ---------------------------------------------------------------------------- 1. statistics
+
+
+def statistics(x):
+    """Extremes and ordered sum over the sequence of finite float32 (..., seq_len, head_dim)."""
+    *lead, seq_len, head_dim = x.shape
+    steps = -(-seq_len // (SUM_CHUNKS * SUM_LANES))
+    padding = [(0, 0)] * len(lead) + [(0, SUM_CHUNKS * steps * SUM_LANES - seq_len), (0, 0)]
+    lanes = np.pad(x, padding).reshape(*lead, SUM_CHUNKS, steps, SUM_LANES, head_dim)
+    partial = np.zeros((*lead, SUM_CHUNKS, SUM_LANES, head_dim), np.float32)
+    total = np.zeros((*lead, head_dim), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for step in range(steps):
+            partial = partial + lanes[..., step, :, :]
+        for half in (8, 4, 2, 1):
+            partial = partial[..., :half, :] + partial[..., half:, :]
+        for chunk in range(SUM_CHUNKS):
+            total = total + partial[..., chunk, 0, :]
+    return Statistics(x.min(axis=-2), x.max(axis=-2), total)
+
+
+def finish_statistics(k, v, seq_kv, smooth_k=True):
+    """`Channels` from the `Statistics` of K and V."""
+    k_mean, k_spread = _mean_and_spread(k, seq_kv, smooth_k)
+    v_mean, v_spread = _mean_and_spread(v, seq_kv, True)
+    exponent = ((k_spread.view(np.int32) >> 23) - 127) >> 1
+    exponent = np.where(k_spread > 0, exponent, 0)
+    return Channels(k_mean, np.ldexp(np.float32(1), exponent), v_mean, v_spread)
+
+
+def _mean_and_spread(x, seq_kv, subtract_mean):
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = x.total / np.float32(seq_kv) if subtract_mean else np.zeros_like(x.total)
+        spread = np.maximum(x.maximum - mean, mean - x.minimum)
+    overflowed = ~np.isfinite(spread)
+    mean = np.where(overflowed, np.float32(0), mean)
+    return mean, np.where(overflowed, np.maximum(x.maximum, -x.minimum), spread)
+
+
+# ---------------------------------------------------------------------------- 2. Q and K
+
+
+def rotation_signs(head_dim):
+    """+1 or -1 a channel: the fixed signs in front of the Walsh-Hadamard transform."""
+    h = np.arange(head_dim, dtype=np.uint32) * np.uint32(0x9E3779B1)
+    h = (h ^ (h >> np.uint32(15))) * np.uint32(0x85EBCA6B)
+    return np.where(h >> np.uint32(31), np.float32(-1), np.float32(1))
+
+
+def rotate(x):
+    """Signs and Walsh-Hadamard butterflies, without the factor ``head_dim**-0.5``."""
+    *lead, head_dim = x.shape
+    x = x * rotation_signs(head_dim)
+    h = 1
+    with np.errstate(over="ignore", invalid="ignore"):
+        while h < head_dim:
+            x = x.reshape(*lead, head_dim // (2 * h), 2, h)
+            low, high = x[..., 0, :], x[..., 1, :]
+            x = np.stack([low + high, low - high], axis=-2).reshape(*lead, head_dim)
+            h *= 2
+    return x
+
+
+def _int8_codes(x, amax, rounded):
+    """Codes of `x` whose largest magnitude is `amax`; unrounded float32 ones for `rounded=False`."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        inverse = np.where(amax > 0, INT8_MAX / amax, np.float32(0))
+        codes = x * inverse
+    if not rounded:
+        return codes
+    return np.clip(formats.to_int_rn(codes), -127, 127).astype(np.int8)
+
+
+def softmax_scale(sm_scale, plan):
+    """`sm_scale` for base 2, with the factor that the rotation left out."""
+    return np.float32(sm_scale * np.log2(np.e) / plan.head_dim)
+
+
+def quantize_q(q, channels, sm_scale, plan, rounded=True):
+    """INT8 codes with one scale a row. `channels`: those of the KV head."""
+    q = widen(q, plan.head_dim)
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = rotate(q * channels.balance[..., None, :])
+        amax = np.abs(x).max(axis=-1)
+        scale = amax / INT8_MAX * softmax_scale(sm_scale, plan)
+        mean_dot = dot_with_mean(q, channels.k_mean)
+    usable = np.isfinite(amax)
+    codes = _int8_codes(np.where(usable[..., None], x, np.float32(0)), amax[..., None], rounded)
+    return QuantizedQ(codes, np.where(usable, scale, np.float32(np.nan)), mean_dot)
+
+
+def dot_with_mean(q, k_mean):
+    """q . k_mean: chains of 8 channels, added as butterflies."""
+    *lead, head_dim = q.shape
+    q = q.reshape(*lead, head_dim // 8, 8)
+    mean = k_mean[..., None, :].reshape(*k_mean.shape[:-1], 1, head_dim // 8, 8)
+    partial = np.zeros(q.shape[:-1], np.float32)
+    for i in range(8):
+        partial = formats.fma(q[..., i], mean[..., i], partial)
+    while partial.shape[-1] > 1:
+        partial = partial[..., 0::2] + partial[..., 1::2]
+    return partial[..., 0]
+
+
+def quantize_k(k, channels, plan, rounded=True):
+    """INT8 codes with one scale for every key group, a quarter of a tile."""
+    k = finite(widen(k, plan.head_dim))
+    x = rotate((k - channels.k_mean[..., None, :]) * (1 / channels.balance[..., None, :]))
+    tiles = in_tiles(x, plan.block_n)
+    groups = tiles.reshape(*tiles.shape[:-2], KEY_GROUPS, plan.block_n // KEY_GROUPS, plan.head_dim)
+    amax = np.abs(groups).max(axis=(-2, -1))
+    codes = _int8_codes(groups, amax[..., None, None], rounded).reshape(tiles.shape)
+    scale = amax / INT8_MAX
+    return QuantizedK(codes, scale, scale.max(axis=(-2, -1)))
+
+
+# ---------------------------------------------------------------------------- 3. V
+
+
+def quantize_v(v, channels, plan, rounded=True):
+    """E4M3 or FP16 codes with one scale a channel, and what the epilogue adds to the output."""
+    seq_kv = v.shape[-2]
+    v = finite(widen(v, plan.head_dim))
+    with np.errstate(over="ignore", divide="ignore"):
+        inverse = np.float32(plan.v_max) / channels.v_spread
+    inverse = np.where((channels.v_spread > 0) & np.isfinite(inverse), inverse, np.float32(0))
+    y = in_tiles((v - channels.v_mean[..., None, :]) * inverse[..., None, :], plan.block_n)
+    scale = channels.v_spread / np.float32(plan.v_max)
+    if not rounded:
+        offset = np.repeat(channels.v_mean[..., None, :], y.shape[-3] + 1, axis=-2)
+        return QuantizedV(y, scale, offset)
+    codes = formats.to_fp16(y) if plan.v_dtype == "f16" else formats.to_e4m3(y)
+    quantized = QuantizedV(codes, scale, None)
+    return QuantizedV(codes, scale, v_offset(y, quantized, channels.v_mean, seq_kv, plan))
+
+
+def v_offset(y, quantized, v_mean, seq_kv, plan):
+    """Mean of V, plus the mean of what its codes lost, over the first n tiles, for every n."""
+    n_tiles = y.shape[-3]
+    offset = np.repeat(v_mean[..., None, :], n_tiles + 1, axis=-2)
+    if plan.v_dtype == "f16":
+        return offset
+    lost = formats.to_int_rn((y - quantized.values()) * LOST_UNIT)
+    lost = np.cumsum(lost.sum(axis=-2, dtype=np.int32), axis=-2, dtype=np.int32)
+    keys = np.minimum(np.arange(1, n_tiles + 1) * plan.block_n, seq_kv).astype(np.float32)
+    share = quantized.scale[..., None, :] / (LOST_UNIT * keys[:, None])
+    offset[..., 1:, :] = formats.fma(share, lost.astype(np.float32), v_mean[..., None, :])
+    return offset

@@ -1,0 +1,419 @@
+"""The GPU side of `attention`: five launches on the current stream, in one workspace.
+
+``statistics``, ``finish_statistics``, ``quantize``, ``finish_v_offset`` (`kernels_src/quantize.cu`) and
+``attention`` (`kernels_src/attention_*.cu`). Nothing is checked here (`api.py` has done it) and nothing
+synchronises.
+
+The host must not be slower than the GPU, so what depends on the shapes is worked out once: a `Launch`
+holds kernels, grids and one array of all kernel arguments, which every launch points into. A call then
+writes a handful of addresses and calls the driver five times, around CuPy's argument conversion.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Iterator, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from . import jit
+from .plan import Plan, make_plan
+
+SUM_CHUNKS = 16  #: partial sums of K and V a head (docs/numerics.md, section 1)
+KEY_GROUPS = 4  #: scales of K a tile
+Q_CTA_ROWS = 64  #: rows of Q that a CTA of `quantize` takes
+
+#: Kernel -> its parameters, in order. Names of arrays in the workspace are those of `_workspace`.
+_PARAMETERS = {
+    "statistics": """k v k_stride_b k_stride_h k_stride_s v_stride_b v_stride_h v_stride_s
+        partial num_heads_kv seq_kv head_dim""",
+    "finish_statistics": """partial k_mean k_factor q_factor v_mean v_inverse v_scale k_scale_max
+        seq_kv""",
+    "quantize": """q k v q_stride_b q_stride_h q_stride_s k_stride_b k_stride_h k_stride_s v_stride_b
+        v_stride_h v_stride_s k_mean k_factor q_factor v_mean v_inverse q_codes q_scale q_mean_dot
+        k_codes k_scale k_scale_max v_codes lost batch num_heads_q num_heads_kv seq_q seq_kv head_dim
+        softmax_scale""",
+    "finish_v_offset": "lost v_mean v_scale v_offset seq_kv",
+    "attention": """q_codes q_scale q_mean_dot k_codes k_scale k_scale_max v_codes v_scale v_offset
+        o lse o_stride_b o_stride_h o_stride_s batch num_heads_q num_heads_kv seq_q seq_kv head_dim
+        causal_offset sm_scale""",
+}
+_PARAMETERS = {kernel: tuple(names.split()) for kernel, names in _PARAMETERS.items()}
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_ARRAYS = ("q", "k", "v", "o", "lse")  # their addresses are the first arguments, new on every call
+_pack_addresses = struct.Struct("5Q").pack_into
+
+
+# --- what is compiled --------------------------------------------------------------------------
+
+
+def _row_sum_rows(plan: Plan) -> int:
+    """Rows of V (transposed) that hold `row_sum_unit`."""
+    return 8 if plan.kernel == "wgmma" else 0
+
+
+def _float_literal(x: float) -> str:
+    return f"{float(x)!r}f"
+
+
+def quantize_defines(plan: Plan, *, bfloat16=False, return_lse=False, smooth_k=True, aligned=True):
+    """Of `quantize.cu`. `aligned`: head_dim, strides and addresses are multiples of 16 bytes."""
+    return (
+        ("HEAD_DIM", plan.head_dim), ("BLOCK_M", plan.block_m), ("BLOCK_N", plan.block_n),
+        ("V_F16", int(plan.v_dtype == "f16")), ("V_MAX", _float_literal(plan.v_max)),
+        ("ROW_SUM_ROWS", _row_sum_rows(plan)), ("ROW_SUM_UNIT", _float_literal(plan.row_sum_unit)),
+        ("IN_BF16", int(bfloat16)), ("WITH_MEAN_DOT", int(return_lse)), ("SMOOTH_K", int(smooth_k)),
+        ("ALIGNED", int(aligned)))
+
+
+def attention_defines(plan: Plan, *, bfloat16=False, is_causal=False, return_lse=False):
+    """Of `attention_mma.cu` and `attention_wgmma.cu`."""
+    return (
+        ("HEAD_DIM", plan.head_dim), ("BLOCK_M", plan.block_m), ("BLOCK_N", plan.block_n),
+        ("V_F16", int(plan.v_dtype == "f16")), ("P_CODE", int(plan.p_form == "code")),
+        ("AIM", plan.aim), ("ROW_SUM_ROWS", _row_sum_rows(plan)),
+        ("ROW_SUM_UNIT", _float_literal(plan.row_sum_unit)), ("OUT_BF16", int(bfloat16)),
+        ("CAUSAL", int(is_causal)), ("RETURN_LSE", int(return_lse)), ("NUM_WARPS", plan.num_warps),
+        ("STAGES", plan.stages))
+
+
+def attention_source(plan: Plan) -> str:
+    """The file of the attention kernel."""
+    return f"attention_{plan.kernel}.cu"
+
+
+def attention_shared_bytes(plan: Plan) -> int:
+    """Dynamic shared memory of the attention kernel: `SHARED_BYTES` of its source."""
+    d = plan.head_dim
+    q_bytes, k_bytes = plan.block_m * d, plan.block_n * d
+    v_bytes = plan.block_n * (d + _row_sum_rows(plan)) * (2 if plan.v_dtype == "f16" else 1)
+    if plan.kernel == "mma":
+        return q_bytes + plan.stages * (k_bytes + v_bytes + 16)
+    stage_bytes = _align(k_bytes + v_bytes, 1024)
+    item_bytes = 4 * (plan.block_m + 2 * d + 4)
+    return _align(q_bytes, 1024) + plan.stages * (stage_bytes + 16) + 2 * item_bytes + 8 * (2 + 3 * plan.stages)
+
+
+def attention_grid(plan: Plan, batch: int, num_heads: int, seq_q: int, num_sms: int):
+    """Grid and block size of the attention kernel: (x, y, z), threads."""
+    row_blocks = -(-seq_q // plan.block_m)
+    if plan.kernel == "mma":
+        return (row_blocks, num_heads, batch), 32 * plan.num_warps
+    # persistent CTAs of a producer warpgroup and one consumer warpgroup for 64 rows
+    return (min(num_sms, row_blocks * num_heads * batch), 1, 1), 128 * (1 + plan.block_m // 64)
+
+
+def kernel_variants(arch: str) -> Iterator[tuple[str, str, tuple]]:
+    """(source, function, defines) of what `attention` may ask for on an architecture of `plan`."""
+    plans = []
+    for kernel in ("mma", "mma_fp16", "wgmma"):
+        for head_dim in (64, 128, 256):
+            try:
+                plan = make_plan(arch, head_dim, kernel)
+            except ValueError:
+                continue
+            if plan not in plans:
+                plans.append(plan)
+    for plan in plans:
+        yield "quantize.cu", "quantize", quantize_defines(plan)
+        yield "quantize.cu", "quantize", quantize_defines(plan, bfloat16=True, return_lse=True, aligned=False)
+        for is_causal in (False, True):
+            for return_lse in (False, True):
+                yield attention_source(plan), "attention", attention_defines(
+                    plan, is_causal=is_causal, return_lse=return_lse)
+        yield attention_source(plan), "attention", attention_defines(plan, bfloat16=True)
+
+
+# --- one geometry ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Everything about a call except the data: shapes, strides in elements, options."""
+
+    batch: int
+    num_heads_q: int
+    num_heads_kv: int
+    seq_q: int
+    seq_kv: int
+    head_dim: int
+    strides: tuple[tuple[int, int, int], ...]  #: (b, h, s) of q, k, v, o
+    bfloat16: bool
+    aligned: bool
+    is_causal: bool
+    causal_alignment: str
+    sm_scale: float
+    return_lse: bool
+    smooth_k: bool
+
+    def scalars(self, plan: Plan) -> dict[str, int | np.float32]:
+        """Kernel arguments that are not arrays."""
+        scalars = {name: getattr(self, name) for name in (
+            "batch", "num_heads_q", "num_heads_kv", "seq_q", "seq_kv", "head_dim")}
+        for name, strides in zip("qkvo", self.strides):
+            for axis, stride in zip("bhs", strides):
+                scalars[f"{name}_stride_{axis}"] = stride
+        bottom_right = self.causal_alignment == "bottom-right"
+        scalars["causal_offset"] = self.seq_kv - self.seq_q if self.is_causal and bottom_right else 0
+        scalars["sm_scale"] = np.float32(self.sm_scale)
+        # the rotation of Q and K leaves out a factor head_dim ** -0.5 each
+        scalars["softmax_scale"] = np.float32(self.sm_scale * np.log2(np.e) / plan.head_dim)
+        return scalars
+
+
+def _workspace(geometry: Geometry, plan: Plan) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Name -> shape and dtype of every intermediate array."""
+    heads_q, heads_kv = geometry.batch * geometry.num_heads_q, geometry.batch * geometry.num_heads_kv
+    d, n = plan.head_dim, plan.block_n
+    width = min(d, 128)
+    q_tiles, kv_tiles = -(-geometry.seq_q // plan.block_m), -(-geometry.seq_kv // n)
+    chunk_keys = 8 if plan.v_dtype == "f16" else 16
+    channels = ((heads_kv, d), np.float32)
+    rows = ((heads_q, q_tiles * plan.block_m), np.float32)
+    return {
+        "partial": ((heads_kv, 2, 3, SUM_CHUNKS, d), np.float32),
+        "k_mean": channels, "k_factor": channels, "q_factor": channels,
+        "v_mean": channels, "v_inverse": channels, "v_scale": channels,
+        "k_scale_max": ((heads_kv,), np.float32),
+        "q_codes": ((heads_q, q_tiles, d // width, plan.block_m, width), np.int8),
+        "q_scale": rows,
+        "q_mean_dot": rows if geometry.return_lse else ((0,), np.float32),
+        "k_codes": ((heads_kv, kv_tiles, d // width, n, width), np.int8),
+        "k_scale": ((heads_kv, kv_tiles, KEY_GROUPS), np.float32),
+        "v_codes": ((heads_kv, kv_tiles, n // chunk_keys, d + _row_sum_rows(plan), 16), np.uint8),
+        "lost": ((heads_kv, kv_tiles, d), np.int32),
+        "v_offset": ((heads_kv, kv_tiles + 1, d), np.float32),
+    }
+
+
+def _k_warps(plan: Plan) -> int:
+    """CTAs of `quantize` for one tile of K: `GROUP_WARPS` of quantize.cu."""
+    values = plan.block_n // KEY_GROUPS * plan.head_dim // 32
+    return 1 if values <= 32 else 2 if values <= 64 else 4
+
+
+def _align(n: int, to: int = 256) -> int:
+    return -(-n // to) * to
+
+
+class _Step(NamedTuple):
+    """What `cuLaunchKernel` wants to know, but for the arguments."""
+
+    function: int
+    grid_x: int
+    grid_y: int
+    grid_z: int
+    threads: int
+    shared_bytes: int
+
+
+class Launch:
+    """The launches of one geometry. One thread at a time may use it: it holds the kernel arguments."""
+
+    def __init__(self, geometry: Geometry, plan: Plan, arch: str, num_sms: int):
+        self.geometry, self.plan = geometry, plan
+        self.arrays = _workspace(geometry, plan)
+        self.offsets, self.workspace_bytes = {}, 0
+        for name, (shape, dtype) in self.arrays.items():
+            self.offsets[name] = self.workspace_bytes
+            self.workspace_bytes += _align(math.prod(shape) * np.dtype(dtype).itemsize)
+        self._write_arguments()
+        self._steps = [(*step, pointers.ctypes.data) for step, pointers in
+                       zip(self._make_steps(arch, num_sms), self._pointers)]
+
+    def _write_arguments(self) -> None:
+        """One 8-byte slot an argument (CUDA is little-endian), and for each kernel pointers to its own."""
+        scalars = self.geometry.scalars(self.plan)
+        names = [*_ARRAYS, *self.arrays, *scalars]
+        self._slots = slots = np.zeros(len(names), np.int64)
+        for name, value in scalars.items():
+            if isinstance(value, np.float32):
+                value = int(value.view(np.int32))
+            slots[names.index(name)] = value
+        self._buffer = memoryview(slots).cast("B")
+        self._workspace_slots = slots[len(_ARRAYS):len(_ARRAYS) + len(self.arrays)]
+        self._workspace_offsets = np.array(list(self.offsets.values()), np.int64)
+        self._workspace_address = None
+        self._pointers = [
+            slots.ctypes.data + 8 * np.array([names.index(name) for name in parameters], np.uint64)
+            for parameters in _PARAMETERS.values()]
+
+    def _make_steps(self, arch: str, num_sms: int) -> list[_Step]:
+        g, plan = self.geometry, self.plan
+        heads_q, heads_kv = g.batch * g.num_heads_q, g.batch * g.num_heads_kv
+        q_rows, kv_tiles = _align(g.seq_q, plan.block_m), -(-g.seq_kv // plan.block_n)
+        defines = quantize_defines(plan, bfloat16=g.bfloat16, return_lse=g.return_lse,
+                                   smooth_k=g.smooth_k, aligned=g.aligned)
+
+        def step(kernel, grid, threads):
+            function = jit.get_kernel("quantize.cu", kernel, arch, defines).kernel.ptr
+            return _Step(function, grid, 1, 1, threads, 0)
+
+        steps = [
+            step("statistics", heads_kv * 2 * SUM_CHUNKS * (plan.head_dim // 64), 128),
+            step("finish_statistics", heads_kv, plan.head_dim),
+            step("quantize", heads_kv * kv_tiles * (_k_warps(plan) + 1) + heads_q * q_rows // Q_CTA_ROWS, 128),
+            step("finish_v_offset", heads_kv * (plan.head_dim // 32), 256),
+        ]
+        shared_bytes = attention_shared_bytes(plan)
+        kernel = jit.get_kernel(
+            attention_source(plan), "attention", arch,
+            attention_defines(plan, bfloat16=g.bfloat16, is_causal=g.is_causal, return_lse=g.return_lse),
+            requires_nvrtc=(12, 8) if plan.v_dtype == "e4m3" else (12, 0), dynamic_shared=shared_bytes)
+        grid, threads = attention_grid(plan, g.batch, g.num_heads_q, g.seq_q, num_sms)
+        return [*steps, _Step(kernel.kernel.ptr, *grid, threads, shared_bytes)]
+
+    def bind(self, q: int, k: int, v: int, o: int, lse: int, workspace: int) -> None:
+        """Set the addresses of the arrays."""
+        _pack_addresses(self._buffer, 0, q, k, v, o, lse)
+        if workspace != self._workspace_address:
+            np.add(self._workspace_offsets, workspace, out=self._workspace_slots)
+            self._workspace_address = workspace
+
+    def run(self, stream: int, first: int = 0, last: int = len(_PARAMETERS)) -> None:
+        """Launch the kernels number `first` to `last - 1`. The driver copies the arguments."""
+        launch = _launch_kernel()
+        for function, grid_x, grid_y, grid_z, threads, shared_bytes, arguments in self._steps[first:last]:
+            launch(function, grid_x, grid_y, grid_z, threads, 1, 1, shared_bytes, stream, arguments, 0)
+
+
+@functools.lru_cache(maxsize=None)
+def _launch_kernel():
+    from cupy_backends.cuda.api import driver
+
+    return driver.launchKernel
+
+
+# --- the calls ---------------------------------------------------------------------------------
+
+
+class _Cache(threading.local):
+    """Launches of the thread, by everything that `Geometry` is made of."""
+
+    def __init__(self):
+        self.launches = {}
+
+
+_cache = _Cache()
+_CACHE_SIZE = 512  # a growing KV cache is a new geometry on every call
+
+
+def attention(q, k, v, *, is_causal=False, causal_alignment="bottom-right", sm_scale=None,
+              return_lse=False, smooth_k=True, kernel=None, out=None):
+    """`sagepp.attention` of checked arguments: `cupy.ndarray` of (batch, num_heads, seq_len, head_dim).
+
+    All are on the current device; FP16 or BF16, unit stride in the last dimension, others arbitrary,
+    also those of `out`. Returns `(o, lse)`, `lse` being None unless asked for. In a CUDA graph, what a
+    captured call needs lives as long as `out` does.
+    """
+    import cupy
+
+    if out is None:
+        out = cupy.empty(q.shape, q.dtype)
+    launch = _find_launch(q, k, v, out, is_causal, causal_alignment, sm_scale, return_lse, smooth_k, kernel)
+    lse = cupy.empty(q.shape[:3], np.float32) if return_lse else None
+    workspace = cupy.cuda.alloc(launch.workspace_bytes)
+    stream = cupy.cuda.get_current_stream()
+    if stream.ptr and stream.is_capturing():
+        weakref.finalize(out if out.base is None else out.base, _release, workspace).atexit = False
+    launch.bind(q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse.data.ptr if return_lse else 0,
+                workspace.ptr)
+    launch.run(stream.ptr)
+    return out, lse
+
+
+def _release(workspace) -> None:
+    """Does nothing: what matters is that `workspace` is referred to until this is called."""
+
+
+def _find_launch(q, k, v, out, *options) -> Launch:
+    device = q.data.device_id
+    aligned = not (q.data.ptr | k.data.ptr | v.data.ptr) & 15
+    key = (device, aligned, q.dtype, q.shape, q.strides, k.shape, k.strides, v.strides, out.strides, options)
+    launches = _cache.launches
+    launch = launches.get(key)
+    if launch is None:
+        if len(launches) >= _CACHE_SIZE:
+            launches.clear()
+        launch = launches[key] = _new_launch(q, k, v, out, *options)
+    return launch
+
+
+def _new_launch(q, k, v, out, is_causal, causal_alignment, sm_scale, return_lse, smooth_k, kernel) -> Launch:
+    import cupy
+
+    device = q.data.device_id
+    cupy.cuda.runtime.setDevice(device)  # gives this thread a context, if it has none yet
+    arch = jit.arch_of(device)
+    batch, num_heads_q, seq_q, head_dim = q.shape
+    strides = tuple(tuple(stride // 2 for stride in x.strides[:3]) for x in (q, k, v, out))
+    aligned = not any(
+        x.data.ptr & 15 or any(stride & 15 for n, stride in zip(x.shape[:3], x.strides) if n > 1)
+        for x in (q, k, v))
+    geometry = Geometry(
+        batch=batch, num_heads_q=num_heads_q, num_heads_kv=k.shape[1], seq_q=seq_q, seq_kv=k.shape[2],
+        head_dim=head_dim, strides=strides, bfloat16=q.dtype == _BFLOAT16,
+        aligned=aligned and head_dim % 8 == 0, is_causal=is_causal, causal_alignment=causal_alignment,
+        sm_scale=head_dim ** -0.5 if sm_scale is None else sm_scale, return_lse=return_lse, smooth_k=smooth_k)
+    num_sms = cupy.cuda.runtime.deviceGetAttribute(cupy.cuda.runtime.cudaDevAttrMultiProcessorCount, device)
+    return Launch(geometry, make_plan(jit.family_of(arch), head_dim, kernel), arch, num_sms)
+
+
+class Prepared:
+    """A call in two halves, for measurements: both may be repeated, on the current stream.
+
+    `o` and `lse` are the results, `plan` what was compiled.
+    """
+
+    def __init__(self, q, k, v, *, is_causal=False, causal_alignment="bottom-right", sm_scale=None,
+                 return_lse=False, smooth_k=True, kernel=None, out=None):
+        import cupy
+
+        self.o = cupy.empty(q.shape, q.dtype) if out is None else out
+        self.lse = cupy.empty(q.shape[:3], np.float32) if return_lse else None
+        self._inputs = q, k, v
+        self._launch = _new_launch(q, k, v, self.o, is_causal, causal_alignment, sm_scale, return_lse,
+                                   smooth_k, kernel)
+        self.plan = self._launch.plan
+        self._workspace = cupy.cuda.alloc(self._launch.workspace_bytes)
+        self._launch.bind(q.data.ptr, k.data.ptr, v.data.ptr, self.o.data.ptr,
+                          self.lse.data.ptr if return_lse else 0, self._workspace.ptr)
+
+    def quantize(self) -> None:
+        """Everything before the attention kernel."""
+        self._run(0, 4)
+
+    def attend(self) -> None:
+        """The attention kernel alone; `quantize` was called before."""
+        self._run(4, 5)
+
+    def _run(self, first, last):
+        import cupy
+
+        self._launch.run(cupy.cuda.get_current_stream().ptr, first, last)
+
+    def intermediate(self, name: str):
+        """An array of the workspace, `cupy.ndarray`, in the layout that the kernels use."""
+        import cupy
+
+        shape, dtype = self._launch.arrays[name]
+        return cupy.ndarray(shape, dtype, self._workspace + self._launch.offsets[name])
+
+
+def prepare(q, k, v, **options) -> Prepared:
+    """A call in two halves; arguments of :func:`attention`."""
+    return Prepared(q, k, v, **options)
+
+
+def quantize(q, k, v, **options) -> dict:
+    """Run everything before the attention kernel: name -> `cupy.ndarray` of each intermediate array."""
+    prepared = Prepared(q, k, v, **options)
+    prepared.quantize()
+    return {name: prepared.intermediate(name) for name in prepared._launch.arrays}

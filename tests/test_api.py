@@ -1,0 +1,300 @@
+"""The public call: what it refuses, in which words, and what it hands to the layers below."""
+
+import sys
+import timeit
+import types
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import sagepp
+from sagepp import api
+
+BF16 = ml_dtypes.bfloat16
+
+
+def arrays(batch=2, heads=4, kv_heads=2, q_len=5, kv_len=7, head_dim=16, dtype=np.float16):
+    """q, k, v of zeros in the layout HND."""
+    return (np.zeros((batch, heads, q_len, head_dim), dtype),
+            np.zeros((batch, kv_heads, kv_len, head_dim), dtype),
+            np.zeros((batch, kv_heads, kv_len, head_dim), dtype))
+
+
+@pytest.fixture
+def reference(monkeypatch):
+    """Stands in for the reference and the plan; its `calls` are what the API handed over."""
+    calls = []
+
+    def attention(q, k, v, *, is_causal, causal_alignment, sm_scale, smooth_k, plan):
+        calls.append(types.SimpleNamespace(**locals()))
+        # A value that tells heads and rows apart, in the dtype of q.
+        o = np.zeros(q.shape, q.dtype)
+        o[:] = (np.arange(q.shape[1])[:, None, None] * 100 + np.arange(q.shape[2])[:, None])
+        return o, np.zeros(q.shape[:3], np.float32)
+
+    monkeypatch.setitem(sys.modules, "sagepp.reference.attention",
+                        types.SimpleNamespace(attention=attention))
+    monkeypatch.setitem(sys.modules, "sagepp.plan", types.SimpleNamespace(
+        default_cpu_plan=lambda head_dim, kernel: ("plan", head_dim, kernel)))
+    attention.calls = calls
+    return attention
+
+
+def replaced(index, array):
+    return lambda qkv: [array(x) if i == index else x for i, x in enumerate(qkv)]
+
+
+def keywords(**kwargs):
+    return lambda qkv: (list(qkv), kwargs)
+
+
+SHAPE_ERRORS = {
+    "rank of q": (replaced(0, lambda q: q[0]), ValueError, "q has shape .*4 dimensions"),
+    "rank of k": (replaced(1, lambda k: k[0]), ValueError, "k has shape .*4 dimensions"),
+    "rank of v": (replaced(2, lambda v: v[None]), ValueError, "v has shape .*4 dimensions"),
+    "empty batch": (lambda qkv: [x[:0] for x in qkv], ValueError, "q has shape .*at least 1"),
+    "empty heads": (replaced(1, lambda k: k[:, :0]), ValueError, "k has shape .*at least 1"),
+    "no query": (replaced(0, lambda q: q[:, :, :0]), ValueError, "q has shape .*at least 1"),
+    "no key": (replaced(2, lambda v: v[:, :, :0]), ValueError, "v has shape .*at least 1"),
+    "head_dim 0": (lambda qkv: [x[..., :0] for x in qkv], ValueError, "q has shape .*at least 1"),
+    "head_dim 257": (lambda qkv: arrays(head_dim=257), ValueError, "q has head_dim 257.*1 to 256"),
+    "batch of k": (replaced(1, lambda k: k[:1]), ValueError, "k has batch 1.* q has 2"),
+    "batch of v": (replaced(2, lambda v: v[:1]), ValueError, "v has batch 1.* q has 2"),
+    "head_dim of k": (replaced(1, lambda k: k[..., :8]), ValueError, "k has head_dim 8.* q has 16"),
+    "head_dim of v": (replaced(2, lambda v: v[..., :8]), ValueError, "v has head_dim 8.* q has 16"),
+    "heads of v": (replaced(2, lambda v: v[:, :1]), ValueError, "v has num_heads 1.* k has 2"),
+    "length of v": (replaced(2, lambda v: v[:, :, :6]), ValueError, "v has seq_len 6.* k has 7"),
+    "heads of q": (replaced(0, lambda q: q[:, :3]), ValueError, "q has num_heads 3.*multiple of k's"),
+    "dtype of q": (lambda qkv: [x.astype(np.float64) for x in qkv], TypeError,
+                   "q has dtype float64; allowed: float16, bfloat16, and float32"),
+    "integers": (lambda qkv: [x.astype(np.int8) for x in qkv], TypeError, "q has dtype int8"),
+    "big-endian": (lambda qkv: [x.astype(">f2") for x in qkv], TypeError, "q has dtype >f2"),
+    "dtype of k": (replaced(1, lambda k: k.astype(BF16)), TypeError,
+                   "k has dtype bfloat16, but q has float16"),
+    "dtype of v": (replaced(2, lambda v: v.astype(np.float32)), TypeError,
+                   "v has dtype float32, but q has float16"),
+    "stride of q": (replaced(0, lambda q: np.zeros(q.shape[:3] + (32,), q.dtype)[..., ::2]), ValueError,
+                    "q has a stride of 4 bytes in its last dimension; allowed: 2.*ascontiguousarray"),
+    "stride of k": (replaced(1, lambda k: k[..., ::-1]), ValueError, "k has a stride of -2 bytes"),
+    "stride of v": (replaced(2, lambda v: np.broadcast_to(v[..., :1], v.shape)), ValueError,
+                    "v has a stride of 0 bytes"),
+    "broken strides": (replaced(1, lambda k: np.lib.stride_tricks.as_strided(
+        np.zeros(2000, np.float16), k.shape, (901, 301, 40, 2))), ValueError, "k has strides .*multiples"),
+    "a list": (replaced(0, lambda q: q.tolist()), TypeError, "q is a list; allowed: a CuPy, NumPy"),
+    "None": (replaced(1, lambda k: None), TypeError, "k is a NoneType; allowed: a CuPy, NumPy"),
+    "a scalar": (replaced(2, lambda v: np.float16(1)), TypeError, "v is a numpy.float16; allowed"),
+}
+
+OPTION_ERRORS = {
+    "layout": (dict(tensor_layout="BHSD"), ValueError, "tensor_layout is 'BHSD'; allowed: 'HND', 'NHD'"),
+    "layout case": (dict(tensor_layout="hnd"), ValueError, "tensor_layout is 'hnd'"),
+    "layout None": (dict(tensor_layout=None), ValueError, "tensor_layout is None"),
+    "layout type": (dict(tensor_layout=["HND"]), TypeError, "tensor_layout is a list; allowed: 'HND'"),
+    "causal int": (dict(is_causal=1), TypeError, "is_causal is 1, a int; allowed: True, False"),
+    "causal None": (dict(is_causal=None), TypeError, "is_causal is None"),
+    "lse": (dict(return_lse="yes"), TypeError, "return_lse is 'yes'"),
+    "smooth_k": (dict(smooth_k=0.0), TypeError, "smooth_k is 0.0"),
+    "alignment": (dict(causal_alignment="left"), ValueError,
+                  "causal_alignment is 'left'; allowed: 'bottom-right', 'top-left'"),
+    "alignment type": (dict(causal_alignment=0), TypeError, "causal_alignment is a int"),
+    "kernel": (dict(kernel="fa3"), ValueError,
+               "kernel is 'fa3'; allowed: None, 'mma', 'mma_fp16', 'wgmma'"),
+    "kernel type": (dict(kernel=90), TypeError, "kernel is a int"),
+    "scale 0": (dict(sm_scale=0.0), ValueError, "sm_scale is 0.0; allowed: None, or a positive"),
+    "scale negative": (dict(sm_scale=-0.1), ValueError, "sm_scale is -0.1"),
+    "scale NaN": (dict(sm_scale=float("nan")), ValueError, "sm_scale is nan"),
+    "scale infinite": (dict(sm_scale=float("inf")), ValueError, "sm_scale is inf"),
+    "scale too small": (dict(sm_scale=1e-60), ValueError, "sm_scale is 1e-60"),
+    "scale too large": (dict(sm_scale=1e39), ValueError, "sm_scale is 1e.39"),
+    "scale beyond float64": (dict(sm_scale=10 ** 400), ValueError, "sm_scale is inf"),
+    "scale bool": (dict(sm_scale=True), TypeError, "sm_scale is a bool"),
+    "scale text": (dict(sm_scale="0.1"), TypeError, "sm_scale is a str"),
+    "scale array": (dict(sm_scale=np.ones(1)), TypeError, "sm_scale is a numpy.ndarray"),
+    "scale complex": (dict(sm_scale=1j), TypeError, "sm_scale is a complex"),
+}
+
+
+@pytest.mark.parametrize("case", SHAPE_ERRORS)
+def test_wrong_arrays_are_named(case, reference):
+    change, error, message = SHAPE_ERRORS[case]
+    with pytest.raises(error, match=message):
+        sagepp.attention(*change(arrays()))
+    assert not reference.calls
+
+
+@pytest.mark.parametrize("case", OPTION_ERRORS)
+def test_wrong_options_are_named(case, reference):
+    options, error, message = OPTION_ERRORS[case]
+    sagepp.attention(*arrays())  # what is remembered of a good call excuses no bad one
+    with pytest.raises(error, match=message):
+        sagepp.attention(*arrays(), **options)
+    assert len(reference.calls) == 1
+
+
+def test_options_are_keyword_only_where_sageattention_has_none():
+    with pytest.raises(TypeError, match="positional"):
+        sagepp.attention(*arrays(), "HND", False, None, False, "top-left")
+
+
+def test_the_reference_gets_hnd_views_and_every_option(reference):
+    q, k, v = arrays()
+    sagepp.attention(q, k, v, "HND", True, np.float32(0.5), causal_alignment="top-left",
+                     smooth_k=np.False_, kernel="mma_fp16")
+    call = reference.calls[0]
+    assert call.q is q and call.k is k and call.v is v
+    assert (call.is_causal, call.causal_alignment, call.sm_scale, call.smooth_k, call.plan) == (
+        True, "top-left", 0.5, False, ("plan", 16, "mma_fp16"))
+    assert type(call.sm_scale) is float and type(call.smooth_k) is bool
+
+
+def test_defaults(reference):
+    sagepp.attention(*arrays())
+    call = reference.calls[0]
+    assert (call.is_causal, call.causal_alignment, call.sm_scale, call.smooth_k, call.plan) == (
+        False, "bottom-right", 16 ** -0.5, True, ("plan", 16, None))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BF16])
+def test_nhd_is_a_view_in_and_contiguous_out(reference, dtype):
+    q, k, v = (np.ascontiguousarray(x.transpose(0, 2, 1, 3)) for x in arrays(dtype=dtype))
+    o, lse = sagepp.attention(q, k, v, tensor_layout="NHD", return_lse=True)
+    call = reference.calls[0]
+    assert call.q.shape == (2, 4, 5, 16) and call.k.shape == call.v.shape == (2, 2, 7, 16)
+    assert np.shares_memory(call.q, q) and np.shares_memory(call.k, k) and np.shares_memory(call.v, v)
+    assert o.shape == q.shape and o.dtype == dtype and o.flags.c_contiguous
+    assert lse.shape == (2, 4, 5) and lse.dtype == np.float32
+    assert (o[:, 3, 2, :].astype(float) == 203).all()  # row 3 of head 2
+
+
+def test_without_lse_only_the_output_returns(reference):
+    assert isinstance(sagepp.attention(*arrays()), np.ndarray)
+
+
+def test_float32_is_rounded_to_float16_and_comes_back_as_float32(reference):
+    o = sagepp.attention(*(x + np.float32(0.1) for x in arrays(dtype=np.float32)))
+    assert reference.calls[0].q.dtype == np.float16 and o.dtype == np.float32
+    assert (reference.calls[0].v == np.float16(0.1)).all()
+
+
+def test_strides_of_other_dimensions_are_free(reference):
+    q, k, v = arrays()
+    packed = np.zeros((2, 7, 3, 2, 16), np.float16)  # (batch, seq, {q, k, v}, heads, head_dim)
+    q, k, v = (packed[:, :, i] for i in range(3))
+    sagepp.attention(q, k, v, "NHD")
+    assert np.shares_memory(reference.calls[0].k, packed)
+    sagepp.attention(*(x[:, ::-1] for x in arrays()))
+    sagepp.attention(*(np.broadcast_to(x[:1], x.shape) for x in arrays()))
+
+
+def test_head_dim_1_may_have_any_last_stride(reference):
+    sagepp.attention(*(np.zeros((1, 1, 4, 8), np.float16)[..., ::8] for _ in range(3)))
+
+
+@pytest.mark.parametrize("head_dim", [1, 3, 128, 256])
+def test_every_head_dim_up_to_256_passes_the_checks(reference, head_dim):
+    sagepp.attention(*arrays(head_dim=head_dim))
+    assert reference.calls[0].plan == ("plan", head_dim, None)
+
+
+def test_subclasses_of_ndarray_are_numpy_arrays(reference):
+    q, k, v = arrays()
+    sagepp.attention(q, k.view(np.memmap), v)
+    assert len(reference.calls) == 1
+
+
+# --- the GPU side, without a GPU: CuPy arrays over addresses that are never read -------------------
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """Stands in for `sagepp.launch` and for what of CuPy needs a driver."""
+    cupy = pytest.importorskip("cupy")
+    calls = []
+
+    def attention(q, k, v, *, is_causal, causal_alignment, sm_scale, return_lse, smooth_k, kernel, out):
+        calls.append(types.SimpleNamespace(**locals()))
+        return out, "lse" if return_lse else None
+
+    class Device:
+        def __init__(self, device):
+            calls.append(f"device {device}")
+
+        __enter__ = __exit__ = lambda *args: None
+
+    monkeypatch.setattr(api, "_gpu_attention", lambda: attention)
+    monkeypatch.setattr(cupy, "empty", on_gpu)
+    monkeypatch.setattr(cupy.cuda, "Device", Device)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
+    attention.calls = calls
+    return attention
+
+
+def on_gpu(shape, dtype, device=0, address=0x7F0000000000):
+    """A `cupy.ndarray` that owns nothing."""
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(address, 1 << 40, None, device)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+
+def gpu_arrays(devices=(0, 0, 0), dtype=np.float16):
+    return [on_gpu(x.shape, dtype, device) for x, device in zip(arrays(), devices)]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BF16])
+def test_the_launch_gets_hnd_views_and_an_output_in_the_callers_layout(launch, dtype):
+    q, k, v = gpu_arrays(dtype=dtype)
+    o, lse = sagepp.attention(q, k, v, return_lse=True, kernel="mma", is_causal=True)
+    call = launch.calls[0]
+    assert call.q is q and call.k is k and call.v is v and call.out is o
+    assert o.shape == q.shape and o.dtype == dtype and lse == "lse"
+    assert (call.is_causal, call.causal_alignment, call.sm_scale, call.smooth_k, call.kernel) == (
+        True, "bottom-right", 0.25, True, "mma")
+
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))  # NHD, not contiguous
+    o = sagepp.attention(q, k, v, "NHD")
+    call = launch.calls[1]
+    assert call.q.strides == q.transpose(0, 2, 1, 3).strides and not call.return_lse
+    assert o.shape == q.shape and o.flags.c_contiguous
+    assert call.out.shape == (2, 4, 5, 16) and call.out.strides == o.transpose(0, 2, 1, 3).strides
+
+
+def test_gpu_arrays_are_computed_on_their_own_device(launch):
+    sagepp.attention(*gpu_arrays(devices=(1, 1, 1)))
+    assert launch.calls[0] == "device 1" and launch.calls[1].q.data.device_id == 1
+
+
+@pytest.mark.parametrize("devices, name", [((0, 1, 0), "k"), ((0, 0, 1), "v")])
+def test_two_devices_are_named(launch, devices, name):
+    with pytest.raises(ValueError, match=f"{name} is on GPU 1, but q is on GPU 0"):
+        sagepp.attention(*gpu_arrays(devices))
+    assert not launch.calls
+
+
+def test_odd_addresses_are_refused(launch):
+    q, k, v = gpu_arrays()
+    with pytest.raises(ValueError, match="odd address"):
+        sagepp.attention(q, on_gpu(k.shape, k.dtype, address=0x7F0000000001), v)
+
+
+def test_numpy_and_cupy_do_not_mix(launch):
+    q, k, v = arrays()
+    with pytest.raises(TypeError, match="v is a cupy.ndarray, but q is a numpy.ndarray"):
+        sagepp.attention(q, k, on_gpu(v.shape, v.dtype))
+
+
+def test_shapes_of_gpu_arrays_are_checked(launch):
+    q, k, v = gpu_arrays()
+    with pytest.raises(ValueError, match="v has seq_len 6"):
+        sagepp.attention(q, k, v[:, :, :6])
+    assert not launch.calls
+
+
+def test_a_repeated_call_costs_microseconds_of_checks(launch, monkeypatch):
+    """The fastest of many, so that a busy machine does not fail it."""
+    monkeypatch.setattr(api, "_gpu_attention", lambda: lambda q, k, v, **options: (q, None))
+    monkeypatch.setattr(sys.modules["cupy"], "empty", lambda shape, dtype: None)
+    q, k, v = gpu_arrays()
+    best = min(timeit.repeat(lambda: sagepp.attention(q, k, v, is_causal=True), number=100, repeat=30))
+    assert best / 100 < 30e-6

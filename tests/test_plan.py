@@ -1,0 +1,78 @@
+"""Plans: what an architecture gets, and that its ranges fit the accumulators."""
+
+import numpy as np
+import pytest
+import strategies
+
+from sagepp.plan import ARCHITECTURES, FP16_MAX, P_MAX, make_plan, padded_head_dim, v_range
+from sagepp.reference import formats, quantize, tensor_core
+
+PLANS = strategies.plans()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("head_dim", [1, 64, 65, 128])
+def test_every_architecture_has_a_default(arch, head_dim):
+    plan = make_plan(arch, head_dim)
+    assert plan.arch == arch
+    assert plan.head_dim == padded_head_dim(head_dim)
+
+
+@pytest.mark.parametrize("head_dim, padded", [(1, 64), (64, 64), (65, 128), (128, 128), (129, 256), (256, 256)])
+def test_head_dim_is_padded(head_dim, padded):
+    assert padded_head_dim(head_dim) == padded
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86"])
+def test_fp8_where_there_is_none_is_an_error(arch):
+    with pytest.raises(ValueError, match=f"'mma'.*{arch}"):
+        make_plan(arch, 64, "mma")
+    assert make_plan(arch, 64).v_dtype == "f16"
+
+
+def test_unknown_kernel_is_an_error():
+    with pytest.raises(ValueError, match="'fast'.*'mma_fp16'"):
+        make_plan("sm_89", 64, "fast")
+
+
+def test_a_plan_is_made_once():
+    assert make_plan("sm_89", 128) is make_plan("sm_89", 128)
+
+
+@pytest.mark.parametrize("block_n, v_dtype, expected", [
+    (64, "e4m3", 2.25), (128, "e4m3", 1.125), (192, "e4m3", 0.8125), (64, "f16", 480),
+])  # fmt: skip
+def test_v_range(block_n, v_dtype, expected):
+    assert v_range(block_n, v_dtype) == expected
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=strategies.plan_id)
+def test_ranges_cannot_overflow_an_fp16_accumulator(plan):
+    assert plan.block_n * P_MAX[plan.v_dtype] * max(plan.v_max, plan.row_sum_unit) <= FP16_MAX
+    if plan.v_dtype == "e4m3":
+        for value in (plan.v_max, plan.row_sum_unit, P_MAX["e4m3"]):
+            assert formats.from_e4m3(formats.to_e4m3(np.float32(value))) == value
+    assert np.float16(plan.v_max) == plan.v_max
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=strategies.plan_id)
+def test_the_tensor_core_of_a_plan_is_known(plan):
+    assert tensor_core.behaviour(*plan.mma_behaviour).accumulator == "f16"
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=strategies.plan_id)
+def test_a_tile_holds_every_key_once(plan):
+    for order in (quantize.k_order(plan), quantize.v_order(plan)):
+        np.testing.assert_array_equal(np.sort(order), np.arange(plan.block_n))
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=strategies.plan_id)
+def test_a_thread_multiplies_the_scores_that_it_holds(plan):
+    """S's accumulator gives thread t the columns 8 i + 2 t, + 1; P's fragment wants them from it."""
+    column = np.arange(plan.block_n)
+    thread_of_key = np.empty(plan.block_n, int)
+    thread_of_key[quantize.k_order(plan)] = column % 8 // 2
+    np.testing.assert_array_equal(thread_of_key, column // (plan.block_n // 4))
+    position = column
+    thread_of_position = position % 16 // 4 if plan.v_dtype == "e4m3" else position % 8 // 2
+    np.testing.assert_array_equal(thread_of_key[quantize.v_order(plan)], thread_of_position)

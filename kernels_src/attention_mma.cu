@@ -17,6 +17,7 @@ constexpr int ROWS = 2 * M_TILES;                  // a thread's: 2m + r is row 
 constexpr int KEY_BLOCKS = BLOCK_N / 8;            // columns of S that an MMA makes
 constexpr int KEY_BLOCKS_AT_ONCE = 4;
 constexpr int CHANNEL_BLOCKS = HEAD_DIM / 8;
+constexpr int CHANNEL_BLOCKS_AT_ONCE = 4;
 constexpr int QK_STEPS = HEAD_DIM / 32;
 constexpr int V_CHUNKS = BLOCK_N * (V_F16 ? 2 : 1) / 16;  // of 16 bytes, of one channel in a tile
 constexpr int PV_STEPS = V_CHUNKS / 2;
@@ -66,37 +67,20 @@ __device__ __forceinline__ unsigned row_swizzle(int row) {
     return HEAD_DIM == 64 ? (row >> 1 & 3) << 4 : (row & 7) << 4;
 }
 
-// Both addresses are this thread's: its first 16 bytes of every 16 * THREADS.
-template <int BYTES> __device__ __forceinline__ void copy_to_shared(unsigned to, const char* from) {
+template <int BYTES> __device__ __forceinline__ void copy_to_shared(unsigned destination, const void* source) {
     static_assert(BYTES % (16 * THREADS) == 0, "every thread copies as much");
+    unsigned to = opaque(destination + threadIdx.x * 16);
+    const char* from = opaque(static_cast<const char*>(source) + threadIdx.x * 16);
 #pragma unroll
     for (int i = 0; i < BYTES; i += 16 * THREADS) cp_async_16(to + i, from + i);
 }
 
-// K, V and their scales of one KV head as the quantiser laid them out, a tile contiguous: what this
-// thread copies of the next tile.
-struct KeyTiles {
-    const char *k, *v;
-    int tile = 0;
-
-    __device__ KeyTiles(const void* k_codes, const void* v_codes, long long first_tile)
-        : k(static_cast<const char*>(k_codes) + first_tile * K_BYTES + threadIdx.x * 16),
-          v(static_cast<const char*>(v_codes) + first_tile * V_BYTES + threadIdx.x * 16) {}
-
-    // Every call makes one cp.async group, an empty one behind the last tile.
-    __device__ void load_next(unsigned shared, int num_tiles) {
-        if (tile < num_tiles) {
-            int stage = tile % STAGES;
-            unsigned to = shared + Q_BYTES + stage * static_cast<unsigned>(sizeof(Stage)) + threadIdx.x * 16;
-            copy_to_shared<K_BYTES>(to, k);
-            copy_to_shared<V_BYTES>(to + K_BYTES, v);
-            k += K_BYTES;
-            v += V_BYTES;
-            ++tile;
-        }
-        cp_async_commit();
-    }
-};
+// Starts the copy of a tile of K and V, counted over all KV heads, to its stage.
+__device__ __forceinline__ void load_tile(unsigned stage, const signed char* k_codes,
+                                          const unsigned char* v_codes, long long tile) {
+    copy_to_shared<K_BYTES>(stage, k_codes + tile * K_BYTES);
+    copy_to_shared<V_BYTES>(stage + K_BYTES, v_codes + tile * V_BYTES);
+}
 
 // ---- one tile ----------------------------------------------------------------------------------
 
@@ -170,7 +154,6 @@ struct State {
     }
 
     // Moves the bound of the rows whose `moves` is not 0 to their largest visible score.
-    template <bool MASKED>
     __device__ void move_bounds(float (&alpha)[ROWS], const unsigned (&moves)[ROWS], const Operands& tile,
                                 float k_scale, const int (&visible)[ROWS]) {
         int largest[ROWS] = {};  // below every score as it arrives
@@ -183,13 +166,13 @@ struct State {
 #pragma unroll
                 for (int e = 0; e < 2 * KEY_BLOCKS_AT_ONCE; ++e) {
                     int score = s[r / 2][e / 2][r % 2 * 2 + e % 2];
-                    if (!MASKED || 2 * block + e < visible[r]) largest[r] = max(largest[r], score);
+                    if (2 * block + e < visible[r]) largest[r] = max(largest[r], score);
                 }
         }
         float bound[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-            bound[r] = tile_bound(largest[r], !MASKED || visible[r] > 0, rows[8 * r].scale, k_scale);
+            bound[r] = tile_bound(largest[r], visible[r] > 0, rows[8 * r].scale, k_scale);
             if (moves[r]) alpha[r] = shrink_factor(rows[8 * r].bound, bound[r]);
         }
         __syncwarp();  // a row's four lanes read its bound before they write it
@@ -200,9 +183,13 @@ struct State {
     }
 
     // O = O alpha + T and l = l alpha + l_T, with T = P V of this tile alone.
-    __device__ void add_product(const Weights& p, const float (&alpha)[ROWS], const Operands& tile) {
+    __device__ void add_product(const Weights& p, const float (&alpha)[ROWS], const Operands& tile,
+                                int head_dim) {
 #pragma unroll
         for (int i = 0; i < CHANNEL_BLOCKS; ++i) {
+            // Padding is left out; and the branches keep the compiler from having more products in flight
+            // than there are registers.
+            if (i % CHANNEL_BLOCKS_AT_ONCE == 0 && i > 0 && i * 8 >= head_dim) break;
             unsigned t[M_TILES][2] = {};
 #pragma unroll
             for (int chunk = 0; chunk < V_CHUNKS; chunk += 4) {
@@ -238,20 +225,24 @@ struct State {
 #endif
     }
 
-    // Steps 4 to 7. `visible`: keys of the thread's group that its rows see.
-    template <bool MASKED>
-    __device__ void step(const Operands& tile, float k_scale, const int (&visible)[ROWS], bool first) {
+    // Steps 4 to 7. `visible(r)`: keys of the thread's group that row r sees; all, unless `masked`.
+    template <class Visible>
+    __device__ void step(const Operands& tile, float k_scale, bool first, bool masked, int head_dim,
+                         const Visible& visible) {
         Weights p;
         float alpha[ROWS] = {1.0f, 1.0f, 1.0f, 1.0f};
         unsigned moves[ROWS] = {1, 1, 1, 1};
         for (bool again = first;; again = true) {
-            if (again) move_bounds<MASKED>(alpha, moves, tile, k_scale, visible);
+            if (again) {
+                const int count[ROWS] = {visible(0), visible(1), visible(2), visible(3)};
+                move_bounds(alpha, moves, tile, k_scale, count);
+            }
             form_weights(p, tile, k_scale);
-            if (MASKED) {
+            if (masked) {
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-                    for (int w = 0; w < WORDS; ++w) p.word(r, w) = mask_p(p.word(r, w), visible[r] - w * P_PER_WORD);
+                    for (int w = 0; w < WORDS; ++w) p.word(r, w) = mask_p(p.word(r, w), visible(r) - w * P_PER_WORD);
             }
             if (again) break;
             unsigned any = p.flags(0) | p.flags(1) | p.flags(2) | p.flags(3);
@@ -259,7 +250,7 @@ struct State {
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) moves[r] = quad_or(p.flags(r));
         }
-        add_product(p, alpha, tile);
+        add_product(p, alpha, tile, head_dim);
     }
 };
 
@@ -331,21 +322,26 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
     const long long head = static_cast<long long>(blockIdx.z) * num_heads_q + blockIdx.y;
     const long long kv_head =
         static_cast<long long>(blockIdx.z) * num_heads_kv + blockIdx.y / (num_heads_q / num_heads_kv);
+    const long long kv_tile = kv_head * problem.num_key_tiles();
     const long long q_tile = head * problem.num_row_blocks() + row_block;
 
-    // Tiles that some row of the CTA sees, tiles that all rows see completely, tiles that the warp sees.
+    // Tiles that some row of the CTA sees, tiles that all rows see completely, keys that the warp sees.
     const int first_row = row_block * BLOCK_M, warp_row = first_row + warp * M_TILES * 16;
     const int last_row = min(first_row + BLOCK_M, seq_q) - 1;
     const int num_tiles = (max(problem.visible_end(last_row), 0) + BLOCK_N - 1) / BLOCK_N;
     const int num_full_tiles = max(problem.visible_end(first_row), 0) / BLOCK_N;
     const int warp_end = problem.visible_end(warp_row + M_TILES * 16 - 1);
 
-    KeyTiles tiles(k_codes, v_codes, kv_head * problem.num_key_tiles());
-    const float* tile_k_scale = k_scale + kv_head * problem.num_key_tiles() * 4 + lane % 4;  // of the group
     const unsigned shared = shared_address(dynamic_shared);
-    copy_to_shared<Q_BYTES>(shared + threadIdx.x * 16,
-                            reinterpret_cast<const char*>(q_codes) + q_tile * Q_BYTES + threadIdx.x * 16);
-    for (int i = 0; i < STAGES - 1; ++i) tiles.load_next(shared, num_tiles);
+    auto stage_of = [&](int tile) {
+        return shared + Q_BYTES + tile % STAGES * static_cast<unsigned>(sizeof(Stage));
+    };
+    auto load = [&](int tile) {
+        if (tile < num_tiles) load_tile(stage_of(tile), k_codes, v_codes, kv_tile + tile);
+        cp_async_commit();  // an empty group behind the last tile: the count of groups must not depend on it
+    };
+    copy_to_shared<Q_BYTES>(shared, q_codes + q_tile * Q_BYTES);
+    for (int tile = 0; tile < STAGES - 1; ++tile) load(tile);
 
     const float k_scale_top = k_scale_max[kv_head];
     for (int i = threadIdx.x; i < BLOCK_M; i += THREADS) {
@@ -361,35 +357,25 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
         (lane / 16 * 8 + lane % 8) * HEAD_DIM | (lane / 8 % 2 * 16 ^ row_swizzle(lane));
     const unsigned v_lane = (lane / 8 * HEAD_DIM + lane % 8) * 16;
 
-    auto next_tile = [&](int tile) {  // its operands, once they have arrived
+    for (int tile = 0; tile < num_tiles; ++tile) {
+        const float group_scale = k_scale[(kv_tile + tile) * 4 + lane % 4];
         cp_async_wait<STAGES - 2>();
-        __syncthreads();  // and all warps are done with the tile whose stage is loaded next
-        tiles.load_next(shared, num_tiles);
-        unsigned stage = shared + Q_BYTES + tile % STAGES * static_cast<unsigned>(sizeof(Stage));
-        return Operands{shared + q_lane, stage + k_lane, stage + K_BYTES + v_lane};
-    };
-    int visible[ROWS] = {};
-    int tile = 0;
-    for (; tile < num_full_tiles; ++tile) {
-        float group_scale = tile_k_scale[tile * 4LL];
-        Operands operands = next_tile(tile);
-        state.step<false>(operands, group_scale, visible, tile == 0);
-    }
-    for (; tile < num_tiles; ++tile) {
-        float group_scale = tile_k_scale[tile * 4LL];
-        Operands operands = next_tile(tile);
+        __syncthreads();  // the tile is there, and all warps are done with the one that makes way
+        load(tile + STAGES - 1);
         if (tile * BLOCK_N >= warp_end) continue;
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-            visible[r] = problem.visible_end(warp_row + 8 * r + lane / 4) - tile * BLOCK_N - lane % 4 * (BLOCK_N / 4);
-        state.step<true>(operands, group_scale, visible, tile == 0);
+        const unsigned stage = stage_of(tile);
+        state.step({opaque(shared + q_lane), opaque(stage + k_lane), opaque(stage + K_BYTES + v_lane)}, group_scale, tile == 0,
+                   tile >= num_full_tiles, head_dim, [&](int r) {
+                       int end = problem.visible_end(warp_row + 8 * r + lane / 4);
+                       return end - tile * BLOCK_N - lane % 4 * (BLOCK_N / 4);
+                   });
     }
     __syncthreads();  // the operands make way for the output
 
     const Output out{static_cast<unsigned short*>(o) + blockIdx.z * o_stride_b + blockIdx.y * o_stride_h,
                      o_stride_s, head_dim, seq_q};
-    int offset_index = problem.num_key_tiles();
-    if (CAUSAL) offset_index = min(offset_index, max(first_row + causal_offset + 1, 0) / BLOCK_N);
+    const bool sees_all = problem.visible_end(first_row) == seq_kv;
+    const int offset_index = sees_all ? problem.num_key_tiles() : num_full_tiles;
     write_output(state, out, dynamic_shared + warp * M_TILES * 16 * HEAD_DIM * 2, warp_row,
                  v_scale + kv_head * HEAD_DIM,
                  v_offset + (kv_head * (problem.num_key_tiles() + 1) + offset_index) * HEAD_DIM);

@@ -4,7 +4,7 @@
 // NUM_WARPGROUPS consumer warpgroups of 64 query rows each. A consumer issues Q K^T of tile j together
 // with P V of tile j - 1 and forms P of tile j while P V runs.
 
-#include "log2.cuh"
+#include "softmax.cuh"
 #include "wgmma.cuh"
 
 constexpr int NUM_WARPGROUPS = BLOCK_M / 64;
@@ -29,7 +29,7 @@ struct __align__(16) ItemScales {
     float q_scale[BLOCK_M];
     float v_scale[HEAD_DIM];
     float v_offset[HEAD_DIM];
-    float q_limit[4];  // the limit of row_scale (step 2), once
+    float k_scale_max[4];  // once
 };
 
 // Byte offsets into dynamic shared memory (1024-byte aligned: the swizzle is a function of the address).
@@ -74,7 +74,7 @@ struct WorkItem {
         if (CAUSAL) {
             int first = row_block * BLOCK_M + problem.causal_offset + 1;  // keys that the first row sees
             int last = min(row_block * BLOCK_M + BLOCK_M, problem.seq_q) + problem.causal_offset;
-            num_full_tiles = min(num_full_tiles, max(first, 0) / BLOCK_N);
+            if (first < problem.seq_kv) num_full_tiles = max(first, 0) / BLOCK_N;
             num_tiles = min(num_tiles, (max(last, 0) + BLOCK_N - 1) / BLOCK_N);
         }
     }
@@ -117,7 +117,7 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
         long long kv_head = item.kv_head, offset = kv_head * (key_tiles + 1) + item.num_full_tiles;
         ItemScales& destination = scales[n % 2];
         unsigned q_full = barriers + 8 * Q_FULL;
-        destination.q_limit[0] = __fdiv_rn(0.25f, k_scale_max[kv_head]);
+        destination.k_scale_max[0] = k_scale_max[kv_head];
         mbarrier_arrive_expect_bytes(q_full, Q_BYTES + 4 * (BLOCK_M + 2 * HEAD_DIM));
         bulk_copy(shared, q_codes + q_tile * Q_BYTES, Q_BYTES, q_full);
         bulk_copy(shared_address(destination.q_scale), q_scale + q_tile * BLOCK_M, 4 * BLOCK_M, q_full);
@@ -137,167 +137,84 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
     }
 }
 
-// ---- consumer ----------------------------------------------------------------------------------
-
-// Keys of the tile that a row sees: all below this index in the tile.
-__device__ __forceinline__ int visible_keys(const Problem& problem, int row, int tile) {
-    int end = problem.seq_kv;
-    if (CAUSAL) end = min(end, row + problem.causal_offset + 1);
-    return end - tile * BLOCK_N;
-}
-
 // ---- steps 5 and 6: bound and P -----------------------------------------------------------------
 
-constexpr unsigned SCORE_START = P_CODE ? 0x00400000u : 0x4B400000u;  // accumulators of S start here
-constexpr unsigned FULL_MASK = 0xFFFFFFFFu;
-constexpr int WORDS = BLOCK_N / 16;  // of P a row and thread: 4 codes each, of keys 4i .. 4i + 3 of the group
+constexpr int WORDS = BLOCK_N / 16;  // of P a row and thread: codes of keys 4i .. 4i + 3 of the group
 
-__device__ __forceinline__ float ex2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-struct RowState {
-    float scale;  // row_scale
-    float bound = __int_as_float(0xFF800000);
-    float alpha;         // by which a move of the bound scales what was summed before
-    bool moved;          // in the latest tile
-    float l = 0.0f;
+struct Row : RowState {
+    float l;
+    float alpha;  // by which the latest move of the bound scales what was summed before
+    bool moved;   // in the latest tile
 };
 
-// One row of a tile: P of score s is formed as fma(float(s), a, b).
-struct RowMap {
-    float a, b;
-
-    __device__ RowMap(const RowState& row, float k_scale) {
-        float score_scale = __fmul_rn(row.scale, k_scale);
-        if (P_CODE) {
-            const float UNIT = __int_as_float(1);  // 2**-149: a denormal is an integer in this unit
-            float n = rintf(__fmul_rn(33554432.0f, score_scale));
-            a = __fmul_rn(n, 2.384185791015625e-7f);
-            b = __fmul_rn(__fsub_rn(__fsub_rn(8.0f * (AIM + 7), row.bound), n), UNIT);
-        } else {
-            a = score_scale;
-            b = __fadd_rd(__fsub_rd(float(AIM), row.bound), -__fmul_ru(12582912.0f, a));
-        }
-    }
-
-    __device__ float operator()(unsigned s) const { return __fmaf_rn(__uint_as_float(s), a, b); }
-};
-
-// Four codes of P in a word.
-__device__ __forceinline__ unsigned pack_p(float x0, float x1, float x2, float x3) {
-    unsigned word;
-    if (P_CODE) {
-        asm("{\n.reg .b32 high;\n"
-            "cvt.pack.sat.u8.s32.b32 high, %4, %3, 0;\n"
-            "cvt.pack.sat.u8.s32.b32 %0, %2, %1, high;\n}"
-            : "=r"(word)
-            : "r"(__float_as_int(x0)), "r"(__float_as_int(x1)), "r"(__float_as_int(x2)),
-              "r"(__float_as_int(x3)));
-    } else {
-        asm("{\n.reg .b16 low, high;\n"
-            "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-            "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-            "mov.b32 %0, {low, high};\n}"
-            : "=r"(word)
-            : "f"(ex2(x0)), "f"(ex2(x1)), "f"(ex2(x2)), "f"(ex2(x3)));
-    }
-    return word;
-}
-
-// Word i of a row is register 4 (i / 2) + 2 (i % 2) + r of the A fragments; its scores are
-// s[8i + 2r], s[8i + 2r + 1], s[8i + 4 + 2r], s[8i + 5 + 2r].
+// Word i of a row is register 4 (i / 2) + 2 (i % 2) + r of the A fragments; its scores are s[8i + 2r],
+// s[8i + 2r + 1], s[8i + 4 + 2r], s[8i + 5 + 2r].
 __device__ __forceinline__ constexpr int word_index(int i, int r) { return 4 * (i / 2) + 2 * (i % 2) + r; }
+__device__ __forceinline__ constexpr int score_index(int i, int r, int e) {
+    return 8 * i + 2 * r + e % 2 + e / 2 * 4;
+}
 
-__device__ __forceinline__ void form_p(unsigned (&p)[2 * WORDS], const unsigned (&s)[8 * WORDS],
-                                       const RowState (&row)[2], float k_scale) {
+// `visible[r]` keys of the thread's group are visible to row r; only a masked tile has others.
+__device__ __forceinline__ void form_tile(unsigned (&p)[2 * WORDS], const unsigned (&s)[8 * WORDS],
+                                          const Row (&row)[2], float k_scale, const int (&visible)[2],
+                                          bool masked) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         RowMap map(row[r], k_scale);
 #pragma unroll
-        for (int i = 0; i < WORDS; ++i)
-            p[word_index(i, r)] = pack_p(map(s[8 * i + 2 * r]), map(s[8 * i + 2 * r + 1]),
-                                         map(s[8 * i + 4 + 2 * r]), map(s[8 * i + 5 + 2 * r]));
+        for (int i = 0; i < WORDS; ++i) {
+            unsigned scores[4] = {s[score_index(i, r, 0)], s[score_index(i, r, 1)], s[score_index(i, r, 2)],
+                                  s[score_index(i, r, 3)]};
+            p[word_index(i, r)] = form_p(map, scores);
+        }
     }
-}
-
-// P = 0 for keys that a row does not see: `visible[r]` keys of the thread's group are visible.
-__device__ __forceinline__ void mask_p(unsigned (&p)[2 * WORDS], const int (&visible)[2]) {
+    if (!masked) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
-        for (int i = 0; i < WORDS; ++i) {
-            int bytes = visible[r] - 4 * i;
-            if (bytes < 4) p[word_index(i, r)] &= bytes <= 0 ? 0u : (1u << 8 * bytes) - 1;
-        }
+        for (int i = 0; i < WORDS; ++i) p[word_index(i, r)] = mask_p(p[word_index(i, r)], visible[r] - 4 * i);
 }
 
-// True if a code of the row is 126 or more, in any thread of the quad.
-__device__ __forceinline__ bool reached_limit(const unsigned (&p)[2 * WORDS], int r) {
-    unsigned high = 0;
+// Flags of one row's words, or-ed in four independent chains.
+__device__ __forceinline__ unsigned row_flags(const unsigned (&p)[2 * WORDS], int r) {
+    unsigned flags[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int i = 0; i < WORDS; ++i) {
-        unsigned word = p[word_index(i, r)];
-        high |= P_CODE ? (word + 0x02020202u) | word : word + 0x02020202u;
-    }
-    high |= __shfl_xor_sync(FULL_MASK, high, 1);
-    high |= __shfl_xor_sync(FULL_MASK, high, 2);
-    return high & 0x80808080u;
+    for (int i = 0; i < WORDS; ++i) flags[i % 4] |= limit_flags(p[word_index(i, r)]);
+    return (flags[0] | flags[1] | flags[2] | flags[3]) & LIMIT_BITS;
 }
 
-// The bound that the visible scores of this tile ask for.
-__device__ __forceinline__ float tile_bound(const unsigned (&s)[8 * WORDS], int r, int visible,
-                                            float score_scale) {
+__device__ __forceinline__ void move_bound(Row& row, const unsigned (&s)[8 * WORDS], int r, int visible,
+                                           float k_scale) {
     int largest = 0;  // below every score as it arrives
 #pragma unroll
     for (int i = 0; i < WORDS; ++i)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            int score = s[8 * i + 2 * r + (e & 1) + (e & 2) * 2];
-            largest = 4 * i + e < visible ? max(largest, score) : largest;
-        }
-    float bound = __int_as_float(0xFF800000);
-    if (visible > 0) {
-        float a = P_CODE ? __fmul_rn(rintf(__fmul_rn(33554432.0f, score_scale)), 2.384185791015625e-7f)
-                         : score_scale;
-        bound = fmaxf(bound, __fmul_ru(__int2float_rn(largest - int(SCORE_START)), a));
-    }
-    bound = fmaxf(bound, __shfl_xor_sync(FULL_MASK, bound, 1));
-    bound = fmaxf(bound, __shfl_xor_sync(FULL_MASK, bound, 2));
-    return P_CODE ? ceilf(bound) : bound;
+        for (int e = 0; e < 4; ++e)
+            if (4 * i + e < visible) largest = max(largest, static_cast<int>(s[score_index(i, r, e)]));
+    float bound = tile_bound(largest, visible > 0, row.scale, k_scale);
+    if (!row.moved) return;
+    row.alpha = shrink_factor(row.bound, bound);
+    row.bound = bound;
 }
 
-// Moves the bound of the rows that are marked.
-__device__ __forceinline__ void move_bound(RowState (&row)[2],
-                                           const unsigned (&s)[8 * WORDS], const int (&visible)[2],
-                                           float k_scale, bool first) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        float bound = tile_bound(s, r, visible[r], __fmul_rn(row[r].scale, k_scale));
-        if (!row[r].moved) continue;
-        float change = __fsub_rn(row[r].bound, bound);
-        row[r].alpha = first ? 0.0f : ex2(P_CODE ? __fmul_rn(change, 0.125f) : change);
-        row[r].bound = bound;
-    }
-}
-
-// Steps 5 and 6 for one tile: P, and the bound and alpha of both rows.
-__device__ __forceinline__ void softmax_tile(unsigned (&p)[2 * WORDS], RowState (&row)[2],
+// Steps 5 and 6 for one tile.
+__device__ __forceinline__ void softmax_tile(unsigned (&p)[2 * WORDS], Row (&row)[2],
                                              const unsigned (&s)[8 * WORDS], const int (&visible)[2],
                                              float k_scale, bool masked, bool first) {
-    row[0].moved = row[1].moved = first;
+    unsigned flags[2] = {~0u, ~0u};
     if (!first) {
-        form_p(p, s, row, k_scale);
-        if (masked) mask_p(p, visible);
-        row[0].moved = reached_limit(p, 0);
-        row[1].moved = reached_limit(p, 1);
+        form_tile(p, s, row, k_scale, visible, masked);
+        flags[0] = row_flags(p, 0);
+        flags[1] = row_flags(p, 1);
     }
-    if (first || __any_sync(FULL_MASK, row[0].moved || row[1].moved)) {
-        move_bound(row, s, visible, k_scale, first);
-        form_p(p, s, row, k_scale);
-        if (masked) mask_p(p, visible);
+    row[0].moved = row[1].moved = false;
+    if (first || __builtin_expect(__any_sync(FULL_MASK, flags[0] | flags[1]), 0)) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            row[r].moved = quad_or(flags[r]) != 0;
+            move_bound(row[r], s, r, visible[r], k_scale);
+        }
+        form_tile(p, s, row, k_scale, visible, masked);
     }
 }
 
@@ -314,7 +231,8 @@ __device__ __forceinline__ int visible_keys(const Problem& problem, int row, int
 __device__ __forceinline__ void issue_qk(unsigned (&s)[BLOCK_N / 2], unsigned q, unsigned k) {
     constexpr unsigned HIGH = descriptor_high(8 * ROW_BYTES, LAYOUT_QK);
 #pragma unroll
-    for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = SCORE_START;
+    for (int i = 0; i < BLOCK_N / 2; ++i)  // an FMA: twice the rate of a move
+        s[i] = __float_as_uint(__fmaf_rn(__uint_as_float(s[i]), 0.0f, __uint_as_float(SCORE_START)));
     wgmma_fence();
 #pragma unroll
     for (int d = 0; d < HEAD_DIM; d += 32) wgmma_s8<HIGH>(s, q + d / 16, k + d / 16);
@@ -331,20 +249,8 @@ __device__ __forceinline__ void issue_pv(unsigned (&t)[V_ROWS / 4], const unsign
     wgmma_commit();
 }
 
-__device__ __forceinline__ float low_half(unsigned pair) {
-    float x;
-    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, low;\n}" : "=f"(x) : "r"(pair));
-    return x;
-}
-
-__device__ __forceinline__ float high_half(unsigned pair) {
-    float x;
-    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, high;\n}" : "=f"(x) : "r"(pair));
-    return x;
-}
-
 // Step 7: O = O + T and l = l + l_T for one row.
-__device__ __forceinline__ void promote(float (&o)[HEAD_DIM / 2], RowState& row,
+__device__ __forceinline__ void promote(float (&o)[HEAD_DIM / 2], Row& row,
                                         const unsigned (&t)[V_ROWS / 4], int r) {
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 8; ++i) {
@@ -355,7 +261,7 @@ __device__ __forceinline__ void promote(float (&o)[HEAD_DIM / 2], RowState& row,
 }
 
 // What was summed before the bound moved, in units of the new bound.
-__device__ __forceinline__ void rescale(float (&o)[HEAD_DIM / 2], RowState& row, int r) {
+__device__ __forceinline__ void rescale(float (&o)[HEAD_DIM / 2], Row& row, int r) {
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 8; ++i) {
         o[4 * i + 2 * r] = __fmul_rn(o[4 * i + 2 * r], row.alpha);
@@ -372,16 +278,9 @@ struct Output {
     bool pairs;  // two neighbouring channels can be written at once
 };
 
-__device__ __forceinline__ unsigned pack_output(float low, float high) {
-    unsigned pair;
-    if (OUT_BF16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
 // Step 8 for one row.
 __device__ __forceinline__ void write_row(const Output& out, unsigned short* destination,
-                                          const float (&o)[HEAD_DIM / 2], const RowState& row, int r,
+                                          const float (&o)[HEAD_DIM / 2], const Row& row, int r,
                                           const ItemScales& scales) {
     float reciprocal = __fdiv_rn(ROW_SUM_UNIT, row.l);
 #pragma unroll
@@ -389,9 +288,7 @@ __device__ __forceinline__ void write_row(const Output& out, unsigned short* des
         int column = 8 * i + threadIdx.x % 4 * 2;
         float2 scale = *reinterpret_cast<const float2*>(scales.v_scale + column);
         float2 offset = *reinterpret_cast<const float2*>(scales.v_offset + column);
-        float low = __fmaf_rn(__fmul_rn(o[4 * i + 2 * r], reciprocal), scale.x, offset.x);
-        float high = __fmaf_rn(__fmul_rn(o[4 * i + 2 * r + 1], reciprocal), scale.y, offset.y);
-        unsigned pair = row.l == 0.0f ? 0u : pack_output(low, high);
+        unsigned pair = row.l == 0.0f ? 0u : output_pair(o[4 * i + 2 * r], o[4 * i + 2 * r + 1], reciprocal, scale, offset);
         if (out.pairs) {
             if (column < out.head_dim) *reinterpret_cast<unsigned*>(destination + column) = pair;
         } else {
@@ -401,14 +298,6 @@ __device__ __forceinline__ void write_row(const Output& out, unsigned short* des
     }
 }
 
-__device__ __forceinline__ float row_lse(const RowState& row, float sm_scale, float q_mean_dot) {
-    const float LN2 = 0.693147180559945309f;
-    if (row.l == 0.0f) return __int_as_float(0xFF800000);
-    float sum = log2_rn(__fdiv_rn(row.l, ROW_SUM_UNIT));
-    float top = P_CODE ? __fsub_rn(__fmul_rn(row.bound, 0.125f), CODE_LOG2_P) : __fsub_rn(row.bound, float(AIM));
-    return __fmaf_rn(__fadd_rn(top, sum), LN2, __fmul_rn(sm_scale, q_mean_dot));
-}
-
 struct Consumer {
     const Problem& problem;
     unsigned shared, barriers;
@@ -416,7 +305,7 @@ struct Consumer {
     int warpgroup;
     int first_row;       // of this thread: g and g + 8 of its warp
     RingPosition ring;   // of the tile whose K is next
-    RowState row[2];
+    Row row[2];
     unsigned s[BLOCK_N / 2];     // S: integer scores as they arrive (step 6)
     unsigned p[2][BLOCK_N / 8];  // P: E4M3 codes, the A fragments of P V, of this tile and the last
     unsigned t[V_ROWS / 4];      // T = P V of one tile, FP16 pairs; the last group is the row sum
@@ -535,8 +424,7 @@ __device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_
         mbarrier_wait(consumer.barriers + 8 * Q_FULL, n & 1);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float scale = scales.q_scale[row_in_block + 8 * r], limit = scales.q_limit[0];
-            consumer.row[r] = RowState{scale > limit ? limit : scale};
+            consumer.row[r] = Row{{limited_row_scale(scales.q_scale[row_in_block + 8 * r], scales.k_scale_max[0]), minus_infinity()}, 0.0f};
         }
         consumer.attend(item);
 
@@ -550,7 +438,7 @@ __device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_
             if (RETURN_LSE && lane % 4 == 0) {
                 float dot = q_mean_dot[static_cast<long long>(item.head) * problem.num_row_blocks() * BLOCK_M + row];
                 out.lse[static_cast<long long>(item.head) * problem.seq_q + row] =
-                    row_lse(consumer.row[r], sm_scale, dot);
+                    row_lse(consumer.row[r].bound, consumer.row[r].l, sm_scale, dot);
             }
         }
     }

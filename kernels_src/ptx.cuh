@@ -8,6 +8,14 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
     return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 
+// x, but the compiler cannot see how it was computed: what is added to it later stays an immediate offset of
+// the load, instead of being folded into the computation of every address.
+template <class T> __device__ __forceinline__ T opaque(T x) {
+    if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(x));
+    else asm volatile("" : "+r"(x));
+    return x;
+}
+
 // 16 bytes, past L1; both addresses are multiples of 16.
 __device__ __forceinline__ void cp_async_16(unsigned destination, const void* source) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source) : "memory");

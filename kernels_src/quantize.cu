@@ -2,20 +2,10 @@
 // 3 of docs/numerics.md, and `reference/quantize.py` step by step.
 //
 // Four kernels: `statistics` and `finish_statistics` (what is known of each channel), `quantize` (all
-// codes and scales), `finish_v_offset` (prefix sums over the key tiles). Everywhere 8 threads hold a
-// row, or 64 channels of it, each of them blocks of 8 consecutive channels, 64 apart: then the last
-// dimension is read in pieces of 128 bytes, and Walsh-Hadamard butterflies need 3 shuffles an element
-// for any head dimension.
+// codes and scales), `finish_v_offset` (prefix sums over the key tiles).
 
-#include "convert.cuh"
+#include "statistics.cuh"
 
-typedef unsigned short Half;  // FP16 or BF16 bits
-
-constexpr int THREADS = 128, WARPS = 4;
-constexpr int ROW_THREADS = 8;           // threads that share a row
-constexpr int WARP_ROWS = 32 / ROW_THREADS;
-constexpr int BLOCKS = HEAD_DIM / 64;    // blocks of 8 channels that a thread has of a row
-constexpr int SUM_CHUNKS = 16, SUM_LANES = 16;
 constexpr int KEY_GROUPS = 4;            // scales of K a tile
 constexpr int GROUP_KEYS = BLOCK_N / KEY_GROUPS;
 constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;  // bytes of a row of Q or K that lie together
@@ -24,10 +14,9 @@ constexpr int V_CHUNKS = BLOCK_N / V_CHUNK_KEYS;
 constexpr int V_ROWS = HEAD_DIM + ROW_SUM_ROWS;
 constexpr int Q_BLOCK_ROWS = 64;         // rows that a CTA quantises
 // Warps that share a key group: as few as its values fit the registers of.
-constexpr int GROUP_VALUES = GROUP_KEYS * HEAD_DIM / 32, MAX_VALUES = HEAD_DIM == 256 ? 32 : 32;
+constexpr int GROUP_VALUES = GROUP_KEYS * HEAD_DIM / 32, MAX_VALUES = 32;
 constexpr int GROUP_WARPS = GROUP_VALUES <= MAX_VALUES ? 1 : GROUP_VALUES <= 2 * MAX_VALUES ? 2 : 4;
 
-static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256, "padded head dimension");
 static_assert(BLOCK_M % Q_BLOCK_ROWS == 0, "a CTA quantises 64 rows of a query tile");
 static_assert(BLOCK_N % 16 == 0, "16 bytes of E4M3 are 4 keys of each key group");
 
@@ -35,238 +24,6 @@ static_assert(BLOCK_N % 16 == 0, "16 bytes of E4M3 are 4 keys of each key group"
 constexpr float ROUNDING = 12582912.0f;
 [[maybe_unused]] constexpr unsigned ROUNDING_BITS = 0x4B400000;
 [[maybe_unused]] constexpr float LOST_UNIT = 65536.0f;
-
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < __int_as_float(0x7F800000); }
-
-__device__ __forceinline__ int row_thread() { return threadIdx.x % ROW_THREADS; }
-__device__ __forceinline__ int warp_row() { return threadIdx.x % 32 / ROW_THREADS; }
-
-// First channel of a thread's block number `block`.
-__device__ __forceinline__ int block_channel(int block) { return 64 * block + 8 * row_thread(); }
-
-// ---- input -------------------------------------------------------------------------------------
-
-// The rows of one head.
-struct Rows {
-    const Half* data;
-    long long stride;
-    int head_dim;  // the actual one, at most HEAD_DIM
-
-    __device__ Rows(const Half* tensor, int b, int h, long long stride_b, long long stride_h,
-                    long long stride_s, int head_dim)
-        : data(tensor + b * stride_b + h * stride_h), stride(stride_s), head_dim(head_dim) {}
-
-    // 8 channels of a row, zeros beyond head_dim. ALIGNED: head_dim, strides and addresses are multiples
-    // of 16 bytes.
-    __device__ __forceinline__ uint4 load(int row, int channel) const {
-        const Half* p = data + row * stride + channel;
-#if ALIGNED
-        return channel < head_dim ? load_16_bytes(p) : make_uint4(0, 0, 0, 0);
-#else
-        unsigned x[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] = channel + i < head_dim ? p[i] : 0u;
-        return make_uint4(x[0] | x[1] << 16, x[2] | x[3] << 16, x[4] | x[5] << 16, x[6] | x[7] << 16);
-#endif
-    }
-};
-
-// K and V: an element that is NaN or infinite counts as 0.
-__device__ __forceinline__ uint4 finite(uint4 x) {
-    constexpr unsigned EXPONENT = IN_BF16 ? 0x7F807F80u : 0x7C007C00u;
-    constexpr unsigned CARRY = IN_BF16 ? 0x00800080u : 0x04000400u;
-    unsigned* words = reinterpret_cast<unsigned*>(&x);
-    unsigned special[4];  // bit 15 of a half: its exponent is all ones
-#pragma unroll
-    for (int i = 0; i < 4; ++i) special[i] = (words[i] & EXPONENT) + CARRY;
-    if ((special[0] | special[1] | special[2] | special[3]) & 0x80008000u) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] &= ~((special[i] >> 15 & 0x00010001u) * 0xFFFFu);
-    }
-    return x;
-}
-
-__device__ __forceinline__ void widen(uint4 x, float (&y)[8]) {
-    const unsigned words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        float2 pair = widen(words[i]);
-        y[2 * i] = pair.x, y[2 * i + 1] = pair.y;
-    }
-}
-
-// 8 consecutive floats, 16-byte aligned.
-__device__ __forceinline__ void load_floats(const float* p, float (&x)[8]) {
-    float4 low = reinterpret_cast<const float4*>(p)[0], high = reinterpret_cast<const float4*>(p)[1];
-    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-}
-
-// ---- 1. statistics -----------------------------------------------------------------------------
-
-// Of 8 channels. Extremes stay in the input's type, two in a word.
-struct Statistics {
-    float sum[8];
-    unsigned minimum[4], maximum[4];
-
-    __device__ Statistics() {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sum[i] = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            minimum[i] = IN_BF16 ? 0x7F807F80u : 0x7C007C00u;  // +inf
-            maximum[i] = IN_BF16 ? 0xFF80FF80u : 0xFC00FC00u;
-        }
-    }
-
-    __device__ __forceinline__ void add_key(uint4 x) {
-        x = finite(x);
-        const unsigned words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float2 pair = widen(words[i]);
-            sum[2 * i] = __fadd_rn(sum[2 * i], pair.x);
-            sum[2 * i + 1] = __fadd_rn(sum[2 * i + 1], pair.y);
-            minimum[i] = min_pair(minimum[i], words[i]);
-            maximum[i] = max_pair(maximum[i], words[i]);
-        }
-    }
-
-    // Adds those of the thread `lanes` threads up in the warp.
-    __device__ __forceinline__ void add_lane(int lanes) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sum[i] = __fadd_rn(sum[i], __shfl_down_sync(~0u, sum[i], lanes));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            minimum[i] = min_pair(minimum[i], __shfl_down_sync(~0u, minimum[i], lanes));
-            maximum[i] = max_pair(maximum[i], __shfl_down_sync(~0u, maximum[i], lanes));
-        }
-    }
-};
-
-// 16 words a thread, for half of the CTA's threads, without bank conflicts.
-typedef unsigned StatisticsBuffer[16][THREADS / 2];
-
-// Threads [count, 2 * count) hand their statistics to threads [0, count), which add them.
-__device__ __forceinline__ void add_upper_threads(Statistics& s, StatisticsBuffer& buffer, int count) {
-    int thread = threadIdx.x;
-    __syncthreads();
-    if (thread >= count && thread < 2 * count) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) buffer[i][thread - count] = __float_as_uint(s.sum[i]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            buffer[8 + i][thread - count] = s.minimum[i];
-            buffer[12 + i][thread - count] = s.maximum[i];
-        }
-    }
-    __syncthreads();
-    if (thread < count) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) s.sum[i] = __fadd_rn(s.sum[i], __uint_as_float(buffer[i][thread]));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            s.minimum[i] = min_pair(s.minimum[i], buffer[8 + i][thread]);
-            s.maximum[i] = max_pair(s.maximum[i], buffer[12 + i][thread]);
-        }
-    }
-}
-
-// Keys `key, key + SUM_LANES, ...` below `end`, in this order.
-__device__ __forceinline__ void add_keys(Statistics& s, const Rows& rows, int channel, int key, int end) {
-    constexpr int UNROLL = 4;
-    for (; key + (UNROLL - 1) * SUM_LANES < end; key += UNROLL * SUM_LANES) {
-        uint4 x[UNROLL];
-#pragma unroll
-        for (int i = 0; i < UNROLL; ++i) x[i] = rows.load(key + i * SUM_LANES, channel);
-#pragma unroll
-        for (int i = 0; i < UNROLL; ++i) s.add_key(x[i]);
-    }
-    for (; key < end; key += SUM_LANES) s.add_key(rows.load(key, channel));
-}
-
-// Where a chunk's partial results are: [batch * KV head][K, V][sum, minimum, maximum][chunk][channel].
-__device__ __forceinline__ long long partial_index(int kv_head, int is_v, int what, int chunk) {
-    return (((static_cast<long long>(kv_head) * 2 + is_v) * 3 + what) * SUM_CHUNKS + chunk) * HEAD_DIM;
-}
-
-// CTA: 64 channels of one chunk of K or of V. Grid: BLOCKS * SUM_CHUNKS * 2 for each batch * KV head.
-extern "C" __global__ void __launch_bounds__(THREADS) statistics(
-    const Half* k, const Half* v, long long k_stride_b, long long k_stride_h, long long k_stride_s,
-    long long v_stride_b, long long v_stride_h, long long v_stride_s, float* partial,
-    int num_heads_kv, int seq_kv, int head_dim) {
-    __shared__ StatisticsBuffer buffer;
-    int index = blockIdx.x;
-    const int block = index % BLOCKS, chunk = index / BLOCKS % SUM_CHUNKS;
-    const int is_v = index / (BLOCKS * SUM_CHUNKS) % 2, kv_head = index / (BLOCKS * SUM_CHUNKS * 2);
-    const int b = kv_head / num_heads_kv, h = kv_head % num_heads_kv;
-    const Rows rows = is_v ? Rows(v, b, h, v_stride_b, v_stride_h, v_stride_s, head_dim)
-                           : Rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
-    const int chunk_keys = SUM_LANES * ceil_div(seq_kv, SUM_CHUNKS * SUM_LANES);
-    const int begin = chunk * chunk_keys + threadIdx.x / ROW_THREADS;  // threadIdx.x / 8: the lane, 0..15
-    const int end = min((chunk + 1) * chunk_keys, seq_kv), channel = block_channel(block);
-
-    Statistics s;
-    add_keys(s, rows, channel, begin, end);
-    add_upper_threads(s, buffer, THREADS / 2);  // lane + 8
-    add_upper_threads(s, buffer, THREADS / 4);  // lane + 4
-    s.add_lane(2 * ROW_THREADS);
-    s.add_lane(ROW_THREADS);
-
-    if (threadIdx.x >= ROW_THREADS) return;
-    float minimum[8], maximum[8];
-    widen(make_uint4(s.minimum[0], s.minimum[1], s.minimum[2], s.minimum[3]), minimum);
-    widen(make_uint4(s.maximum[0], s.maximum[1], s.maximum[2], s.maximum[3]), maximum);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        partial[partial_index(kv_head, is_v, 0, chunk) + channel + i] = s.sum[i];
-        partial[partial_index(kv_head, is_v, 1, chunk) + channel + i] = minimum[i];
-        partial[partial_index(kv_head, is_v, 2, chunk) + channel + i] = maximum[i];
-    }
-}
-
-__device__ __forceinline__ void mean_and_spread(const float* partial, int kv_head, int is_v, int seq_kv,
-                                                bool subtract_mean, float& mean, float& spread) {
-    float sum = 0.0f, minimum = __int_as_float(0x7F800000), maximum = -minimum;
-#pragma unroll
-    for (int chunk = 0; chunk < SUM_CHUNKS; ++chunk) {
-        sum = __fadd_rn(sum, partial[partial_index(kv_head, is_v, 0, chunk) + threadIdx.x]);
-        minimum = fminf(minimum, partial[partial_index(kv_head, is_v, 1, chunk) + threadIdx.x]);
-        maximum = fmaxf(maximum, partial[partial_index(kv_head, is_v, 2, chunk) + threadIdx.x]);
-    }
-    mean = subtract_mean ? __fdiv_rn(sum, __int2float_rn(seq_kv)) : 0.0f;
-    spread = max_or_nan(__fsub_rn(maximum, mean), __fsub_rn(mean, minimum));
-    if (!is_finite(spread)) mean = 0.0f, spread = fmaxf(maximum, -minimum);
-}
-
-__device__ __forceinline__ bool rotation_sign(unsigned channel) {
-    unsigned h = channel * 0x9E3779B1u;
-    return (h ^ (h >> 15)) * 0x85EBCA6Bu >> 31;
-}
-
-// CTA: a KV head; thread: a channel. The factors of Q and K are the balance and the rotation's sign.
-extern "C" __global__ void __launch_bounds__(HEAD_DIM) finish_statistics(
-    const float* partial, float* k_mean, float* k_factor, float* q_factor, float* v_mean,
-    float* v_inverse, float* v_scale, float* k_scale_max, int seq_kv) {
-    const int kv_head = blockIdx.x;
-    const long long i = static_cast<long long>(kv_head) * HEAD_DIM + threadIdx.x;
-    float mean, spread;
-    mean_and_spread(partial, kv_head, 0, seq_kv, SMOOTH_K, mean, spread);
-    const int exponent = spread > 0.0f ? ((__float_as_int(spread) >> 23) - 127) >> 1 : 0;
-    const unsigned sign = static_cast<unsigned>(rotation_sign(threadIdx.x)) << 31;
-    k_mean[i] = mean;
-    k_factor[i] = __uint_as_float(sign | static_cast<unsigned>(127 - exponent) << 23);
-    q_factor[i] = __uint_as_float(sign | static_cast<unsigned>(127 + exponent) << 23);
-
-    mean_and_spread(partial, kv_head, 1, seq_kv, true, mean, spread);
-    const float inverse = __fdiv_rn(V_MAX, spread);
-    v_mean[i] = mean;
-    v_inverse[i] = is_finite(inverse) ? inverse : 0.0f;
-    v_scale[i] = __fdiv_rn(spread, V_MAX);
-    if (threadIdx.x == 0) k_scale_max[kv_head] = 0.0f;
-}
 
 // ---- 2. rotation and INT8, Q and K -------------------------------------------------------------
 

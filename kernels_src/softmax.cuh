@@ -43,7 +43,7 @@ struct RowMap {
     __device__ RowMap(const RowState& row, float k_scale) : a(score_factor(row.scale, k_scale)) {
         if (P_CODE) {
             const float UNIT = __int_as_float(1);  // 2**-149: a denormal is an integer in this unit
-            b = __fsub_rn(__fsub_rn(112.0f, row.bound), __fmul_rn(4194304.0f, a));
+            b = __fsub_rn(__fsub_rn(8.0f * (AIM + 7), row.bound), __fmul_rn(4194304.0f, a));
             b = __fmul_rn(b, UNIT);
         } else {
             b = __fadd_rd(__fsub_rd(float(AIM), row.bound), -__fmul_ru(12582912.0f, a));
@@ -117,8 +117,9 @@ __device__ __forceinline__ unsigned output_pair(float o0, float o1, float recipr
 // Natural-log LSE of the unsmoothed scores; -inf for a row that sees no key.
 __device__ __forceinline__ float row_lse(float bound, float l, float sm_scale, float q_mean_dot) {
     const float LN2 = 0.693147180559945309f;
-    if (l == 0.0f) return minus_infinity();
-    float top = P_CODE ? __fmul_rn(__fsub_rn(bound, 56.0f), 0.125f) : __fsub_rn(bound, float(AIM));
+    const float CODE_LOG2_P = static_cast<float>(AIM + 0.05753274588979519);  // log2 of the mean P at the bound
+    if (!(l > 0.0f)) return l == 0.0f ? minus_infinity() : l;
+    float base = P_CODE ? __fsub_rn(__fmul_rn(bound, 0.125f), CODE_LOG2_P) : __fsub_rn(bound, float(AIM));
     float log2_sum = log2_rn(__fdiv_rn(l, ROW_SUM_UNIT));
-    return __fmaf_rn(__fadd_rn(top, log2_sum), LN2, __fmul_rn(sm_scale, q_mean_dot));
+    return __fmaf_rn(__fadd_rn(base, log2_sum), LN2, __fmul_rn(sm_scale, q_mean_dot));
 }

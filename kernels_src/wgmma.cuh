@@ -2,9 +2,7 @@
 // One PTX instruction a wrapper (PTX ISA 9.7.15 "wgmma", 9.7.9.27 "cp.async.bulk", 9.7.13 "mbarrier").
 #pragma once
 
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
+#include "ptx.cuh"
 
 // ---- mbarrier and bulk copy --------------------------------------------------------------------
 
@@ -118,6 +116,7 @@ __device__ __forceinline__ constexpr unsigned descriptor_high(unsigned stride_by
                      : __VA_ARGS__                                                                   \
                      : "r"(q), "r"(k), "n"(DESCRIPTOR_HIGH));                                        \
     }
+DEFINE_WGMMA_S8(96, P8_5, "%48", "%49", "%50", R32(s, 0), R16(s, 32))
 DEFINE_WGMMA_S8(128, P8_7, "%64", "%65", "%66", R64(s, 0))
 DEFINE_WGMMA_S8(160, P8_9, "%80", "%81", "%82", R64(s, 0), R16(s, 64))
 DEFINE_WGMMA_S8(192, P8_11, "%96", "%97", "%98", R64(s, 0), R32(s, 64))

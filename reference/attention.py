@@ -17,7 +17,6 @@ FP32_MAX = np.finfo(np.float32).max
 
 SCORE_MAGIC = np.float32(12582912)  # form "ex2": M, whose ulp is 1
 CODE_MAGIC = 2.0**22  # form "code": the accumulator's start, as a denormal
-CODE_OF_AIM = 112  # E4M3 code of 2**7
 CODES_PER_OCTAVE = np.float32(8)
 CODE_BIAS = np.log2(0.5 / np.log(2) ** 2)  # of (1 + f) against 2**f, see section 8
 P_LIMIT = {"e4m3": np.float32(448), "f16": np.float32(2)}
@@ -80,11 +79,27 @@ class Problem:
 
 @dataclass
 class State:
-    """What a row carries from tile to tile: (heads, rows), and O (heads, rows, head_dim)."""
+    """What a row carries from tile to tile: its bound (heads, rows), and sums.
+
+    The sums are (heads, rows, head_dim + 1): O and, last, l; T and l_T of the promotion interval.
+    """
 
     bound: np.ndarray
-    l: np.ndarray
-    o: np.ndarray
+    total: np.ndarray
+    partial: np.ndarray
+
+    def promote(self, rows):
+        """O = O + T, T = 0 for some rows."""
+        self.total[rows] += self.partial[rows]
+        self.partial[rows] = 0
+
+    @property
+    def o(self):
+        return self.total[..., :-1]
+
+    @property
+    def l(self):
+        return self.total[..., -1]
 
 
 def quantize_head(q, k, v, offset, sm_scale, smooth_k, plan, exact_parts):
@@ -109,8 +124,8 @@ def attend(problem, head_dim, dtype):
     plan = problem.plan
     state = State(
         np.full((heads, rows), NEGATIVE_INFINITY),
-        np.zeros((heads, rows), np.float32),
-        np.zeros((heads, rows, head_dim), np.float32),
+        np.zeros((heads, rows, head_dim + 1), np.float32),
+        np.zeros((heads, rows, head_dim + 1), np.float32),
     )
     row_scale = limit_row_scale(problem.q.scale, problem.k.scale_max)
     values = problem.v.values()[..., :head_dim]
@@ -121,6 +136,9 @@ def attend(problem, head_dim, dtype):
             first = 0 if problem.offset is None else max(0, tile * plan.block_n - problem.offset)
             if first < rows:
                 attend_tile(state, problem, row_scale, v_and_unit[tile], tile, slice(first, rows))
+            if (tile + 1) % plan.promote_every == 0:
+                state.promote(...)
+        state.promote(...)
         return finish(state, problem, dtype), log_sum_exp(state, problem)
 
 
@@ -148,17 +166,18 @@ def attend_tile(state, problem, row_scale, v_and_unit, tile, rows):
     else:
         p = np.where(visible, form_p(scores, a, bound, plan, exact_parts), np.float32(0))
         moved = reached_limit(p, plan)
-    alpha = np.ones(bound.shape, np.float32)
     if moved.any():
         row_visible = np.broadcast_to(visible, scores.shape)[moved]
         new = row_bound(scores[moved], a[moved], row_visible, plan)
-        alpha[moved] = np.float32(0) if tile == 0 else rescale(bound[moved], new, plan)
+        alpha = np.zeros(new.shape, np.float32) if tile == 0 else rescale(bound[moved], new, plan)
         bound[moved] = new
         p[moved] = np.where(row_visible, form_p(scores[moved], a[moved], new, plan, exact_parts), np.float32(0))
+        total, partial = state.total[:, rows], state.partial[:, rows]
+        total[moved] = (total[moved] + partial[moved]) * alpha[:, None]
+        partial[moved] = 0
 
-    product = multiply(p[..., quantize.v_order(plan)], v_and_unit, plan, exact_parts)
-    accumulate(state.o[:, rows], alpha[..., None], product[..., :-1])
-    accumulate(state.l[:, rows], alpha, product[..., -1])
+    state.partial[:, rows] = multiply(
+        p[..., quantize.v_order(plan)], v_and_unit, state.partial[:, rows], plan, exact_parts)
 
 
 def visible_keys(problem, tile, rows):
@@ -201,21 +220,13 @@ def rescale(bound, new, plan):
     return special.ex2(difference)
 
 
-def accumulate(total, alpha, product):
-    """total = fma(total, alpha, product), in place."""
-    if (alpha == 1).all():
-        total += product
-    else:
-        total[...] = formats.fma(total, alpha, product)
-
-
 # ---------------------------------------------------------------------------- 6. P
 
 
 def form_p(scores, a, bound, plan, exact_parts=frozenset()):
     """P of scores (..., block_n) with scales a (..., 4), as float32 values of P's format."""
     if plan.p_form == "code":
-        return formats.from_e4m3(codes_of_p(scores, a, bound))
+        return formats.from_e4m3(codes_of_p(scores, a, bound, plan))
     group_keys = scores.shape[-1] // quantize.KEY_GROUPS
     above = formats.add_rd(np.float32(plan.aim), -bound)[..., None]
     if "qk" in exact_parts:  # the scores are no integers: no magic number
@@ -240,14 +251,14 @@ def code_step(a):
     return np.rint(a * np.float32(2.0**25)) * np.float32(2.0**-22)
 
 
-def codes_of_p(scores, a, bound):
+def codes_of_p(scores, a, bound, plan):
     """E4M3 codes of P by one FMA: float64 holds it exactly, so this rounds once.
 
     From 126 on the bound moves and these codes are dropped, so 127 (NaN) stands for all up to 255.
     """
     group_keys = scores.shape[-1] // quantize.KEY_GROUPS
     step = code_step(a).astype(np.float64)
-    b = CODE_OF_AIM - bound[..., None].astype(np.float64) - CODE_MAGIC * step
+    b = 8 * (plan.aim + 7) - bound[..., None].astype(np.float64) - CODE_MAGIC * step
     codes = np.rint(_per_key(step, group_keys) * (CODE_MAGIC + scores) + _per_key(b, group_keys))
     codes = np.clip(codes, 0, formats.E4M3_NAN)
     return np.where(np.isnan(codes), formats.E4M3_NAN, codes).astype(np.uint8)
@@ -256,11 +267,11 @@ def codes_of_p(scores, a, bound):
 # ---------------------------------------------------------------------------- 7. products
 
 
-def multiply(p, v_and_unit, plan, exact_parts=frozenset()):
-    """P V and the row sum of one tile, in position order, by the plan's tensor-core instruction."""
+def multiply(p, v_and_unit, partial, plan, exact_parts=frozenset()):
+    """T + P V and the row sum of one tile, in position order, by the plan's tensor-core instruction."""
     if "accumulator" in exact_parts:
-        return np.matmul(p.astype(np.float64), v_and_unit.astype(np.float64)).astype(np.float32)
-    return tensor_core.mma(p, v_and_unit, np.float32(0), plan.mma_behaviour)
+        return (partial + np.matmul(p.astype(np.float64), v_and_unit.astype(np.float64))).astype(np.float32)
+    return tensor_core.mma(p, v_and_unit, partial, plan.mma_behaviour)
 
 
 # ---------------------------------------------------------------------------- 8. result

@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 import sagepp
-from sagepp import arrays, jit, plan
+from sagepp import arrays, jit, launch, plan
 
 #: Accuracy that `demo` insists on, against float64 on normally distributed inputs. SageAttention's
 #: kernels have a relative L1 of 0.037 to 0.038 there; the rest is room for the small sizes.
@@ -103,7 +103,7 @@ def compile_all(archs: tuple[str, ...], as_json: bool = False) -> int:
     """Build every variant of every kernel. 1 where an attention kernel spills or ptxas warns."""
     rows, failures = [], []
     for arch in archs:
-        for source, function, defines in plan.kernel_variants(jit.family_of(arch)):
+        for source, function, defines in launch.kernel_variants(jit.family_of(arch)):
             cubin = jit.compile_cubin(source, arch, defines)
             used = cubin.resources[function]
             variant = " ".join(f"{name}={value}" for name, value in defines)

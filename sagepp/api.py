@@ -18,7 +18,7 @@ from . import arrays
 
 LAYOUTS = ("HND", "NHD")
 ALIGNMENTS = ("bottom-right", "top-left")
-KERNELS = (None, "mma", "mma_fp16", "wgmma")
+KERNELS = (None, "mma", "mma_fp16", "wgmma", "wgmma_fast")
 MAX_HEAD_DIM = 256
 
 _DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
@@ -76,7 +76,7 @@ def attention(
     smooth_k : bool
         Subtract the mean key of each head before quantising: the softmax does not change, the
         rounding error does where K has channel offsets.
-    kernel : {None, "mma", "mma_fp16", "wgmma"}
+    kernel : {None, "mma", "mma_fp16", "wgmma", "wgmma_fast"}
         Force a kernel, for tests and measurements. None takes the fastest for the GPU.
 
     Returns

@@ -242,7 +242,8 @@ def _compile(key, source_name, sources, flags) -> Cubin:
             log = nvrtc.getProgramLog(program)
             raise CompileError(f"NVRTC {_dotted(nvrtc_version())} could not compile {source_name} with "
                                f"{' '.join(flags)}: {error}\n{log}") from None
-        image, log = nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+        # CuPy takes the cubin for text and drops its last byte, a zero.
+        image, log = nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program)
     finally:
         nvrtc.destroyProgram(program)
     seconds = time.perf_counter() - start

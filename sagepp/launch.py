@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from . import jit
-from .plan import Plan, make_plan
+from .plan import Plan, kernels, make_plan
 
 SUM_CHUNKS = 16  #: partial sums of K and V a head (docs/numerics.md, section 1)
 KEY_GROUPS = 4  #: scales of K a tile
@@ -78,7 +78,7 @@ def attention_defines(plan: Plan, *, bfloat16=False, is_causal=False, return_lse
     return (
         ("HEAD_DIM", plan.head_dim), ("BLOCK_M", plan.block_m), ("BLOCK_N", plan.block_n),
         ("V_F16", int(plan.v_dtype == "f16")), ("P_CODE", int(plan.p_form == "code")),
-        ("AIM", plan.aim), ("ROW_SUM_ROWS", _row_sum_rows(plan)),
+        ("AIM", plan.aim), ("PROMOTE_EVERY", plan.promote_every), ("ROW_SUM_ROWS", _row_sum_rows(plan)),
         ("ROW_SUM_UNIT", _float_literal(plan.row_sum_unit)), ("OUT_BF16", int(bfloat16)),
         ("CAUSAL", int(is_causal)), ("RETURN_LSE", int(return_lse)), ("NUM_WARPS", plan.num_warps),
         ("STAGES", plan.stages))
@@ -112,15 +112,7 @@ def attention_grid(plan: Plan, batch: int, num_heads: int, seq_q: int, num_sms: 
 
 def kernel_variants(arch: str) -> Iterator[tuple[str, str, tuple]]:
     """(source, function, defines) of what `attention` may ask for on an architecture of `plan`."""
-    plans = []
-    for kernel in ("mma", "mma_fp16", "wgmma"):
-        for head_dim in (64, 128, 256):
-            try:
-                plan = make_plan(arch, head_dim, kernel)
-            except ValueError:
-                continue
-            if plan not in plans:
-                plans.append(plan)
+    plans = [make_plan(arch, head_dim, kernel) for kernel in kernels(arch) for head_dim in (64, 128)]
     for plan in plans:
         yield "quantize.cu", "quantize", quantize_defines(plan)
         yield "quantize.cu", "quantize", quantize_defines(plan, bfloat16=True, return_lse=True, aligned=False)

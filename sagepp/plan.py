@@ -6,6 +6,7 @@ compiled from it and the reference is run with it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,7 +28,8 @@ class Plan:
     kernel: str  #: "mma" (mma.sync) or "wgmma"
     head_dim: int  #: padded: 64, 128 or 256
     block_m: int  #: query rows of a CTA
-    block_n: int  #: keys of a tile; also the promotion interval
+    block_n: int  #: keys of a tile
+    promote_every: int  #: tiles of a promotion interval
     v_dtype: str  #: "e4m3" or "f16": the type of P and V
     p_form: str  #: "ex2" or "code": how P is formed (step 6)
     v_max: float  #: top of V's range
@@ -38,7 +40,7 @@ class Plan:
     @property
     def aim(self) -> int:
         """log2 of P at the bound."""
-        return 7 if self.v_dtype == "e4m3" else 0
+        return 6 if self.v_dtype == "e4m3" else 0
 
     @property
     def mma_behaviour(self) -> tuple[str, str, str, str]:
@@ -46,13 +48,18 @@ class Plan:
         return (self.arch, "wgmma" if self.kernel == "wgmma" else "mma.sync", self.v_dtype, "f16")
 
 
-def v_range(block_n: int, v_dtype: str) -> float:
-    """Largest V on the E4M3 grid for which `block_n * P_MAX * V` cannot overflow FP16."""
-    limit = FP16_MAX / (block_n * P_MAX[v_dtype])
-    step = 2.0 ** -9
+def v_range(interval: int, v_dtype: str) -> float:
+    """Largest V on the E4M3 grid for which `interval` keys at `P_MAX` cannot overflow FP16."""
+    limit = FP16_MAX / (interval * P_MAX[v_dtype])
+    step = 2.0**-9
     while limit >= step * 16:  # 3 mantissa bits: 8 steps an octave
         step *= 2
     return step * int(limit / step)
+
+
+def row_sum_unit(interval: int, v_dtype: str) -> float:
+    """Largest power of two, up to 1, within `v_range`."""
+    return min(1.0, 2.0 ** math.floor(math.log2(v_range(interval, v_dtype))))
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -60,27 +67,59 @@ def padded_head_dim(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 
+#: Names that `kernel` may have -> (source, type of P and V, form of P).
+KERNELS = {
+    "mma": ("mma", "e4m3", "ex2"),
+    "mma_fp16": ("mma", "f16", "ex2"),
+    "wgmma": ("wgmma", "e4m3", "ex2"),
+    "wgmma_fast": ("wgmma", "e4m3", "code"),
+}
+
+
+def kernels(arch: str) -> tuple[str, ...]:
+    """What `kernel` may be on an architecture, the default first."""
+    if arch == "sm_90a":
+        return ("wgmma", "wgmma_fast", "mma_fp16", "mma")
+    if arch in _NATIVE_FP8_MMA:
+        return ("mma", "mma_fp16")
+    return ("mma_fp16",) if arch in ("sm_80", "sm_86") else ("mma_fp16", "mma")
+
+
 @lru_cache(maxsize=None)
 def make_plan(arch: str, head_dim: int, kernel: str | None = None) -> Plan:
-    """The plan for a head dimension (1..256) on an architecture.
+    """The plan for a head dimension (1..128) on an architecture.
 
-    `kernel` forces one: "mma" (FP8 P V through `mma.sync`), "mma_fp16" (FP16 P V through
-    `mma.sync`), "wgmma" (Hopper). None takes the fastest that the architecture has.
+    `kernel` forces one of `kernels(arch)`: "mma" (FP8 P V through `mma.sync`), "mma_fp16" (FP16 P V
+    through `mma.sync`), "wgmma" (Hopper), "wgmma_fast" (Hopper, P by a linear approximation). None takes
+    the default of the architecture.
     """
+    allowed = kernels(arch)
+    kernel = allowed[0] if kernel is None else kernel
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel is {kernel!r}; allowed: None, {', '.join(map(repr, KERNELS))}")
+    if kernel not in allowed:
+        raise ValueError(f"kernel is {kernel!r}, which {arch} does not have; "
+                         f"allowed there: {', '.join(map(repr, allowed))}")
     d = padded_head_dim(head_dim)
-    if kernel is None:
-        kernel = "mma" if arch in _NATIVE_FP8_MMA else "mma_fp16"
-    v_dtype = "f16" if kernel == "mma_fp16" else "e4m3"
     if d == 256:
         raise ValueError(f"head_dim is {head_dim}; this version supports 1 to 128")
-    if v_dtype == "e4m3" and arch in ("sm_80", "sm_86"):
-        raise ValueError(f"kernel is {kernel!r}, but {arch} has no FP8; use 'mma_fp16'")
-    if kernel in ("mma", "mma_fp16"):
-        return Plan(arch, "mma", d, block_m=128, block_n=64, v_dtype=v_dtype, p_form="ex2",
-                    v_max=v_range(64, v_dtype), row_sum_unit=1.0, num_warps=4, stages=2)
-    raise ValueError(f"kernel is {kernel!r}; allowed: None, 'mma', 'mma_fp16', 'wgmma'")
+    source, v_dtype, p_form = KERNELS[kernel]
+    if source == "mma":
+        shape = dict(block_m=128, block_n=64, promote_every=1, num_warps=4, stages=2)
+    elif d == 64:
+        shape = dict(block_m=128, block_n=192, promote_every=2, num_warps=12, stages=4)
+    else:
+        shape = dict(block_m=128, block_n=128, promote_every=2, num_warps=12, stages=4)
+    interval = shape["block_n"] * shape["promote_every"]
+    return Plan(arch, source, d, v_dtype=v_dtype, p_form=p_form, v_max=v_range(interval, v_dtype),
+                row_sum_unit=row_sum_unit(interval, v_dtype), **shape)
 
 
-def default_cpu_plan(head_dim: int) -> Plan:
-    """The plan that the reference uses for NumPy inputs: SageAttention2++ as published, on Ada."""
-    return make_plan("sm_89", head_dim, "mma")
+def default_cpu_plan(head_dim: int, kernel: str | None = None) -> Plan:
+    """The plan that the reference uses for NumPy inputs.
+
+    By default SageAttention2++ as published, on Ada; a `kernel` of another architecture is modelled as
+    that architecture computes it.
+    """
+    arch = "sm_90a" if kernel in ("wgmma", "wgmma_fast") else "sm_80" if kernel == "mma_fp16" else "sm_89"
+    return make_plan(arch, head_dim, kernel)

@@ -10,7 +10,9 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
-from sagepp.plan import ARCHITECTURES, make_plan
+from sagepp import attention
+from sagepp.plan import ARCHITECTURES, KERNELS, kernels, make_plan
+from sagepp.reference.attention import attention as reference
 
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -163,24 +165,18 @@ def store(array, storage, copy=np.array):
 
 # ---------------------------------------------------------------------------- problems
 
-KERNELS = ("mma", "mma_fp16", "wgmma")
-
-
 def plans(head_dims=(64, 128)):
-    """Every plan that there is: all architectures, kernels and head dimensions that go together."""
-    found = []
-    for arch in ARCHITECTURES:
-        for kernel in KERNELS:
-            for head_dim in head_dims:
-                try:
-                    found.append(make_plan(arch, head_dim, kernel))
-                except ValueError:
-                    pass
-    return found
+    """Every plan that there is: all architectures, kernels and head dimensions."""
+    return [make_plan(arch, d, kernel) for arch in ARCHITECTURES for kernel in kernels(arch) for d in head_dims]
+
+
+def kernel_name(plan):
+    """What `kernel` was when the plan was made."""
+    return next(name for name in kernels(plan.arch) if make_plan(plan.arch, plan.head_dim, name) == plan)
 
 
 def plan_id(plan):
-    return f"{plan.arch}-{plan.kernel}-{plan.v_dtype}-{plan.p_form}-d{plan.head_dim}"
+    return f"{plan.arch}-{kernel_name(plan)}-d{plan.head_dim}"
 
 
 #: Lengths around which tiles, row blocks and the chunks of the sums begin or end.
@@ -238,3 +234,23 @@ def random_problem(seed, index):
         kinds=("normal",) * 3 if rng.random() < 0.2 else tuple(pick(VALUES) for _ in range(3)),
         seed=int(rng.integers(2**32)),
     )
+
+
+# ---------------------------------------------------------------------------- both sides
+
+
+def by_reference(problem, plan):
+    """(o, lse) by the reference, NumPy, in the layout HND."""
+    return reference(*problem.arrays(), plan=plan, **problem.options())
+
+
+def on_gpu(problem, kernel):
+    """(o, lse) by the public call on the current GPU, as NumPy arrays in the layout HND."""
+    import cupy
+
+    q, k, v = (problem.stored(x, cupy.asarray) for x in problem.arrays())
+    o, lse = attention(
+        q, k, v, problem.tensor_layout, return_lse=True, kernel=kernel, **problem.options())
+    if problem.tensor_layout == "NHD":
+        o = o.transpose(0, 2, 1, 3)
+    return cupy.asnumpy(o), cupy.asnumpy(lse)

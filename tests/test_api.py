@@ -99,7 +99,7 @@ OPTION_ERRORS = {
                   "causal_alignment is 'left'; allowed: 'bottom-right', 'top-left'"),
     "alignment type": (dict(causal_alignment=0), TypeError, "causal_alignment is a int"),
     "kernel": (dict(kernel="fa3"), ValueError,
-               "kernel is 'fa3'; allowed: None, 'mma', 'mma_fp16', 'wgmma'"),
+               "kernel is 'fa3'; allowed: None, 'mma', 'mma_fp16', 'wgmma', 'wgmma_fast'"),
     "kernel type": (dict(kernel=90), TypeError, "kernel is a int"),
     "scale 0": (dict(sm_scale=0.0), ValueError, "sm_scale is 0.0; allowed: None, or a positive"),
     "scale negative": (dict(sm_scale=-0.1), ValueError, "sm_scale is -0.1"),

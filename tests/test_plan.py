@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import strategies
 
-from sagepp.plan import ARCHITECTURES, FP16_MAX, P_MAX, make_plan, padded_head_dim, v_range
+from sagepp.plan import ARCHITECTURES, FP16_MAX, P_MAX, kernels, make_plan, padded_head_dim, row_sum_unit, v_range
 from sagepp.reference import formats, quantize, tensor_core
 
 PLANS = strategies.plans()
@@ -18,6 +18,11 @@ def test_every_architecture_has_a_default(arch, head_dim):
     assert plan.head_dim == padded_head_dim(head_dim)
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_default_is_the_first_of_the_kernels(arch):
+    assert make_plan(arch, 64) == make_plan(arch, 64, kernels(arch)[0])
+
+
 @pytest.mark.parametrize("head_dim, padded", [(1, 64), (64, 64), (65, 128), (128, 128), (129, 256), (256, 256)])
 def test_head_dim_is_padded(head_dim, padded):
     assert padded_head_dim(head_dim) == padded
@@ -25,8 +30,9 @@ def test_head_dim_is_padded(head_dim, padded):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86"])
 def test_fp8_where_there_is_none_is_an_error(arch):
-    with pytest.raises(ValueError, match=f"'mma'.*{arch}"):
-        make_plan(arch, 64, "mma")
+    for kernel in ("mma", "wgmma"):
+        with pytest.raises(ValueError, match=f"'{kernel}'.*{arch}.*'mma_fp16'"):
+            make_plan(arch, 64, kernel)
     assert make_plan(arch, 64).v_dtype == "f16"
 
 
@@ -39,20 +45,23 @@ def test_a_plan_is_made_once():
     assert make_plan("sm_89", 128) is make_plan("sm_89", 128)
 
 
-@pytest.mark.parametrize("block_n, v_dtype, expected", [
-    (64, "e4m3", 2.25), (128, "e4m3", 1.125), (192, "e4m3", 0.8125), (64, "f16", 480),
+@pytest.mark.parametrize("interval, v_dtype, expected", [
+    (64, "e4m3", 2.25), (128, "e4m3", 1.125), (192, "e4m3", 0.8125), (256, "e4m3", 0.5625), (64, "f16", 480),
 ])  # fmt: skip
-def test_v_range(block_n, v_dtype, expected):
-    assert v_range(block_n, v_dtype) == expected
+def test_v_range(interval, v_dtype, expected):
+    assert v_range(interval, v_dtype) == expected
+    assert row_sum_unit(interval, v_dtype) <= expected
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=strategies.plan_id)
 def test_ranges_cannot_overflow_an_fp16_accumulator(plan):
-    assert plan.block_n * P_MAX[plan.v_dtype] * max(plan.v_max, plan.row_sum_unit) <= FP16_MAX
+    keys = plan.block_n * plan.promote_every
+    assert keys * P_MAX[plan.v_dtype] * max(plan.v_max, plan.row_sum_unit) <= FP16_MAX
     if plan.v_dtype == "e4m3":
         for value in (plan.v_max, plan.row_sum_unit, P_MAX["e4m3"]):
             assert formats.from_e4m3(formats.to_e4m3(np.float32(value))) == value
     assert np.float16(plan.v_max) == plan.v_max
+    assert np.log2(plan.row_sum_unit) % 1 == 0
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=strategies.plan_id)

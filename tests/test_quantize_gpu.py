@@ -122,7 +122,7 @@ def check(q, k, v, kernel, placement=("HND", 0, 0), return_lse=True, smooth_k=Tr
         assert_same_bits(array, expected[name], plan, f"{name}; {note}")
 
 
-@pytest.fixture(params=[None, "mma", "mma_fp16", "wgmma"])
+@pytest.fixture(params=[None, "mma", "mma_fp16", "wgmma", "wgmma_fast"])
 def kernel(request):
     from sagepp import jit
 
@@ -157,7 +157,7 @@ cases = st.fixed_dictionaries({
     "head_dim": st.integers(1, 128), "dtype": st.sampled_from(sorted(DTYPES)),
     "values": st.tuples(*[st.sampled_from(VALUES)] * 3), "layout": st.sampled_from(["HND", "NHD"]),
     "pad": st.sampled_from([0, 3, 8]), "return_lse": st.booleans(), "smooth_k": st.booleans(),
-    "kernel": st.sampled_from([None, "mma", "mma_fp16", "wgmma"])})
+    "kernel": st.sampled_from([None, "mma", "mma_fp16", "wgmma", "wgmma_fast"])})
 
 
 @given(cases)

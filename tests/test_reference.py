@@ -17,7 +17,7 @@ from sagepp.reference.attention import attention
 PLANS = strategies.plans()
 #: One plan for each way to multiply and to form P: these differ in kind, the others in degree.
 SAMPLE = list({
-    (tensor_core.behaviour(*plan.mma_behaviour), plan.p_form, plan.block_n): plan
+    (tensor_core.behaviour(*plan.mma_behaviour), plan.p_form, plan.block_n, plan.promote_every): plan
     for plan in strategies.plans([64])
 }.values())  # fmt: skip
 #: Kinds of values that no format rounds away or overflows.
@@ -26,8 +26,7 @@ ORDINARY = ("normal", "constant channels", "channel offsets", "outlier channels"
 
 def plan_for(plan, head_dim):
     """The same kind of plan for another head dimension."""
-    kernel = "mma_fp16" if plan.v_dtype == "f16" else plan.kernel
-    return make_plan(plan.arch, head_dim, kernel)
+    return make_plan(plan.arch, head_dim, strategies.kernel_name(plan))
 
 
 def run(problem, plan, arrays=None):
@@ -51,7 +50,7 @@ ACCURACY = {
     ("normal", "normal", "normal"): (0.042, 0.014, 0.004),
     ("normal", "channel offsets", "normal"): (0.042, 0.014, 0.004),
     ("normal", "normal", "channel offsets"): (0.003, 0.001, 0.004),
-    ("heavy tails", "heavy tails", "heavy tails"): (0.06, 0.03, 0.1),
+    ("heavy tails", "heavy tails", "heavy tails"): (0.06, 0.03, 0.15),
     ("normal", "outlier channels", "normal"): (0.06, 0.045, 0.02),
     ("normal", "normal", "constant channels"): (0.0004, 0.0004, 0.004),
 }
@@ -283,7 +282,7 @@ def test_largest_values_keep_their_sign(plan, dtype):
 
 @st.composite
 def _worst_factors(draw, plan):
-    """P and V of one tile at the ends of their ranges, some of them 0 or below."""
+    """P and V of a promotion interval at the ends of their ranges, some of them 0 or below."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     full = draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
 
@@ -293,8 +292,9 @@ def _worst_factors(draw, plan):
             x *= rng.choice([-1, 1], shape) if draw(st.booleans()) else rng.choice([-1, 1], shape[-1])
         return x
 
-    p = factor((16, plan.block_n), P_MAX[plan.v_dtype], False)
-    v = factor((plan.block_n, 8), plan.v_max, True)
+    keys = plan.block_n * plan.promote_every
+    p = factor((16, keys), P_MAX[plan.v_dtype], False)
+    v = factor((keys, 8), plan.v_max, True)
     if plan.v_dtype == "f16":
         return p.astype(np.float16).astype(np.float32), v.astype(np.float16).astype(np.float32)
     rounded = (formats.to_e4m3(x.astype(np.float32)) for x in (p, v))
@@ -314,10 +314,11 @@ def test_fp16_accumulator_never_overflows(plan, data):
 @pytest.mark.parametrize("plan", PLANS, ids=strategies.plan_id)
 def test_fp16_accumulator_holds_the_worst_case_exactly(plan):
     """Everything at its maximum: beyond any other partial sum, and one step of V more would overflow."""
-    p = np.full((1, plan.block_n), P_MAX[plan.v_dtype], np.float32)
+    keys = plan.block_n * plan.promote_every
+    p = np.full((1, keys), P_MAX[plan.v_dtype], np.float32)
     for top in (plan.v_max, -plan.v_max, plan.row_sum_unit):
-        v = np.full((plan.block_n, 1), top, np.float32)
-        total = plan.block_n * P_MAX[plan.v_dtype] * top
+        v = np.full((keys, 1), top, np.float32)
+        total = keys * P_MAX[plan.v_dtype] * top
         for key in tensor_core.BEHAVIOURS:
             if key[2:] == (plan.v_dtype, "f16"):
                 result = tensor_core.mma(p, v, np.float32(0), key)[0, 0]

@@ -1,0 +1,205 @@
+"""On a GPU: the bits of the reference, whatever the problem, and wherever and however often it runs.
+
+``SAGEPP_GPU_EXAMPLES`` is the number of random problems a kernel (default 50), ``SAGEPP_GPU_SEED`` what
+they start from (default 0). The reference takes the time: ``pytest -m gpu -n 8`` shares it out.
+"""
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import strategies
+from bits import assert_same_bits
+from hypothesis import given, seed, settings
+from strategies import Problem, problems
+
+import sagepp
+from sagepp import jit
+from sagepp.plan import make_plan
+
+pytestmark = pytest.mark.gpu
+
+EXAMPLES = int(os.environ.get("SAGEPP_GPU_EXAMPLES", 50))
+SEED = int(os.environ.get("SAGEPP_GPU_SEED", 0))
+SHARDS = 8
+
+each_kernel = pytest.mark.parametrize("kernel", strategies.KERNELS)
+
+
+def plan_of(kernel, head_dim):
+    """The plan on this GPU, which may have no such kernel."""
+    try:
+        return make_plan(jit.family_of(jit.arch_of()), head_dim, kernel)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Every allocation starts as NaN, so that what is not written shows."""
+    import cupy
+
+    pool = cupy.get_default_memory_pool()
+
+    def malloc(size):
+        memory = pool.malloc(size)
+        if size:
+            memory.memset_async(0xFF, size, cupy.cuda.get_current_stream())
+        return memory
+
+    with cupy.cuda.using_allocator(malloc):
+        yield
+
+
+def call(arrays, kernel, **options):
+    """(o, lse) of NumPy arrays, as NumPy arrays."""
+    import cupy
+
+    result = sagepp.attention(*map(cupy.asarray, arrays), return_lse=True, kernel=kernel, **options)
+    return tuple(map(cupy.asnumpy, result))
+
+
+def assert_same(actual, expected, plan=None, note=""):
+    for name, x, y in zip(("o", "lse"), actual, expected):
+        assert_same_bits(x, y, plan, f"{name} {note}")
+
+
+def check(problem, kernel):
+    plan = plan_of(kernel, problem.head_dim)
+    assert_same(strategies.on_gpu(problem, kernel), strategies.by_reference(problem, plan), plan, problem)
+
+
+# ---------------------------------------------------------------------------- the reference's bits
+
+
+@each_kernel
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_output_and_lse_are_those_of_the_reference(kernel, shard):
+    plan_of(kernel, 64)
+
+    @seed(SEED * SHARDS + shard)
+    @settings(max_examples=-(-EXAMPLES // SHARDS), derandomize=False, database=None)
+    @given(problem=problems())
+    def on_random_problems(problem):
+        check(problem, kernel)
+
+    on_random_problems()
+
+
+@each_kernel
+@pytest.mark.parametrize("problem", [
+    Problem(seq_q=1, seq_kv=1, head_dim=1),
+    Problem(seq_q=700, seq_kv=2100, head_dim=128, is_causal=True),
+    Problem(seq_q=1, seq_kv=5000, head_dim=64, group=8),
+    Problem(seq_q=300, seq_kv=100, head_dim=64, is_causal=True),
+    Problem(seq_q=100, seq_kv=300, head_dim=64, is_causal=True, causal_alignment="top-left"),
+    Problem(seq_q=256, seq_kv=512, kinds=("rising", "rising", "normal")),
+    Problem(seq_q=256, seq_kv=512, kinds=("normal", "not finite", "not finite"), is_causal=True),
+    Problem(seq_q=130, seq_kv=257, dtype="bfloat16", kinds=("largest",) * 3),
+    Problem(seq_q=130, seq_kv=257, dtype="bfloat16", kinds=("subnormal",) * 3),
+    Problem(seq_q=130, seq_kv=257, kinds=("zeros",) * 3),
+    Problem(batch=3, heads_kv=2, group=4, seq_q=65, seq_kv=63, head_dim=80, tensor_layout="NHD",
+            storage="odd offset", dtype="bfloat16", smooth_k=False, sm_scale=0.3),
+], ids=repr)  # fmt: skip
+def test_chosen_problems(kernel, problem):
+    check(problem, kernel)
+
+
+# ---------------------------------------------------------------------------- the same bits everywhere
+
+
+@each_kernel
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_every_call_and_every_stream_returns_the_same_bits(kernel, is_causal):
+    import cupy
+
+    plan_of(kernel, 128)
+    q, k, v = map(cupy.asarray, Problem(2, 4, 2, 333, 777, 128).arrays())
+    first = call((q, k, v), kernel, is_causal=is_causal)
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(4)]
+    cupy.cuda.Device().synchronize()
+    results = []
+    for i in range(20):
+        with streams[i % 4]:
+            results.append(sagepp.attention(q, k, v, return_lse=True, kernel=kernel, is_causal=is_causal))
+    cupy.cuda.Device().synchronize()
+    for result in results:
+        assert_same(map(cupy.asnumpy, result), first)
+
+
+@each_kernel
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_position_in_the_batch_and_among_the_heads_does_not_matter(kernel, is_causal):
+    plan_of(kernel, 64)
+    q, k, v = Problem(3, 3, 2, 200, 300).arrays()
+    o, lse = call((q, k, v), kernel, is_causal=is_causal)
+    for b in range(3):
+        for h in range(3):
+            heads = slice(2 * h, 2 * h + 2)
+            alone = (q[b : b + 1, heads], k[b : b + 1, h : h + 1], v[b : b + 1, h : h + 1])
+            expected = (o[b : b + 1, heads], lse[b : b + 1, heads])
+            assert_same(call(alone, kernel, is_causal=is_causal), expected, note=f"batch {b}, KV head {h}")
+
+
+@each_kernel
+def test_a_graph_replays_the_same_bits_on_new_values(kernel):
+    import cupy
+
+    plan_of(kernel, 64)
+    problem = Problem(1, 2, 2, 150, 260, is_causal=True)
+    others = replace(problem, seed=1).arrays()
+    buffers = [cupy.asarray(x) for x in problem.arrays()]
+    expected = call(others, kernel, is_causal=True)
+    options = dict(is_causal=True, return_lse=True, kernel=kernel)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        sagepp.attention(*buffers, **options)
+        stream.begin_capture()
+        o, lse = sagepp.attention(*buffers, **options)
+        graph = stream.end_capture()
+        for buffer, other in zip(buffers, others):
+            buffer.set(other)
+        for _ in range(3):
+            graph.launch(stream)
+        stream.synchronize()
+    assert_same((cupy.asnumpy(o), cupy.asnumpy(lse)), expected)
+
+
+@each_kernel
+def test_inputs_stay_and_the_output_does_not_depend_on_the_lse(kernel):
+    import cupy
+
+    plan_of(kernel, 64)
+    arrays = Problem(2, 2, 2, 150, 260).arrays()
+    buffers = [cupy.asarray(x) for x in arrays]
+    with_lse, _ = sagepp.attention(*buffers, return_lse=True, kernel=kernel)
+    alone = sagepp.attention(*buffers, kernel=kernel)
+    assert_same_bits(cupy.asnumpy(alone), cupy.asnumpy(with_lse))
+    for buffer, array in zip(buffers, arrays):
+        assert_same_bits(cupy.asnumpy(buffer), array)
+
+
+@each_kernel
+def test_strides_beyond_32_bits(kernel):
+    """Two batch members more than 2**31 elements apart, in one buffer that q, k and v share."""
+    import cupy
+
+    plan = plan_of(kernel, 64)
+    apart = 2**31 + 64
+    free, _ = cupy.cuda.runtime.memGetInfo()
+    if free < 3 * apart:
+        pytest.skip(f"{free} bytes of GPU memory are free, {3 * apart} are needed")
+    problem = Problem(2, 1, 1, 70, 130, is_causal=True)
+    arrays = problem.arrays()
+    buffer = cupy.cuda.Memory(2 * (apart + 2**20))
+    views, start = [], 0
+    for array in arrays:
+        b, h, s, d = array.shape
+        strides = (2 * apart, 2 * s * d, 2 * d, 2)
+        pointer = cupy.cuda.MemoryPointer(buffer, start)
+        views.append(cupy.ndarray(array.shape, array.dtype, pointer, strides=strides))
+        views[-1][...] = cupy.asarray(array)
+        start += 2 * h * s * d
+    result = sagepp.attention(*views, is_causal=True, return_lse=True, kernel=kernel)
+    assert_same(map(cupy.asnumpy, result), strategies.by_reference(problem, plan), plan)

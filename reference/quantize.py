@@ -220,9 +220,9 @@ def quantize_v(v, channels, plan, rounded=True):
     v = finite(widen(v, plan.head_dim))
     with np.errstate(over="ignore", divide="ignore"):
         inverse = np.float32(plan.v_max) / channels.v_spread
+        scale = channels.v_spread / np.float32(plan.v_max)
     inverse = np.where((channels.v_spread > 0) & np.isfinite(inverse), inverse, np.float32(0))
     y = in_tiles((v - channels.v_mean[..., None, :]) * inverse[..., None, :], plan.block_n)
-    scale = channels.v_spread / np.float32(plan.v_max)
     if not rounded:
         offset = np.repeat(channels.v_mean[..., None, :], y.shape[-3] + 1, axis=-2)
         return QuantizedV(y, scale, offset)

@@ -17,7 +17,7 @@ constexpr int ROWS = 2 * M_TILES;                  // a thread's: 2m + r is row 
 constexpr int KEY_BLOCKS = BLOCK_N / 8;            // columns of S that an MMA makes
 constexpr int KEY_BLOCKS_AT_ONCE = 4;
 constexpr int CHANNEL_BLOCKS = HEAD_DIM / 8;
-constexpr int CHANNEL_BLOCKS_AT_ONCE = 4;
+constexpr int CHANNEL_BLOCKS_AT_ONCE = 2;
 constexpr int QK_STEPS = HEAD_DIM / 32;
 constexpr int V_CHUNKS = BLOCK_N * (V_F16 ? 2 : 1) / 16;  // of 16 bytes, of one channel in a tile
 constexpr int PV_STEPS = V_CHUNKS / 2;
@@ -30,7 +30,7 @@ static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "one swizzled panel of Q and K"
 static_assert(BLOCK_M == NUM_WARPS * M_TILES * 16, "a warp owns whole MMA tiles");
 static_assert(KEY_BLOCKS % KEY_BLOCKS_AT_ONCE == 0 && V_CHUNKS % 4 == 0, "four matrices an ldmatrix");
 static_assert(ROW_SUM_UNIT == 1.0f && ROW_SUM_ROWS == 0, "the row sum takes a column of ones, kept in a register");
-static_assert(!P_CODE && STAGES >= 2, "not written");
+static_assert(!P_CODE && PROMOTE_EVERY == 1 && STAGES >= 2, "not written");
 
 constexpr int Q_BYTES = BLOCK_M * HEAD_DIM, K_BYTES = BLOCK_N * HEAD_DIM;
 constexpr int V_BYTES = V_CHUNKS * HEAD_DIM * 16;
@@ -59,6 +59,25 @@ struct Problem {
     }
 };
 
+// What this CTA works on. Made anew wherever it is needed, opaque to the compiler, which would otherwise keep
+// it in registers all the while. (A tile has at least 4 KiB: their number fits an int.)
+struct WorkItem {
+    int row_block, first_row;
+    int head, kv_head;  // over the whole batch
+    int q_tile;         // over all heads
+
+    __device__ explicit WorkItem(const Problem& problem) {
+        int x = opaque(blockIdx.x), h = opaque(blockIdx.y), b = opaque(blockIdx.z);
+        row_block = CAUSAL ? gridDim.x - 1 - x : x;  // the longest first
+        first_row = row_block * BLOCK_M;
+        head = b * problem.num_heads_q + h;
+        kv_head = b * problem.num_heads_kv + h / (opaque(problem.num_heads_q) / problem.num_heads_kv);
+        q_tile = head * problem.num_row_blocks() + row_block;
+    }
+
+    __device__ int warp_row() const { return first_row + threadIdx.x / 32 * M_TILES * 16; }
+};
+
 // ---- memory ------------------------------------------------------------------------------------
 
 // XOR mask of the byte address of a row: its 16-byte chunks are permuted (swizzle) so that the eight rows
@@ -77,9 +96,9 @@ template <int BYTES> __device__ __forceinline__ void copy_to_shared(unsigned des
 
 // Starts the copy of a tile of K and V, counted over all KV heads, to its stage.
 __device__ __forceinline__ void load_tile(unsigned stage, const signed char* k_codes,
-                                          const unsigned char* v_codes, long long tile) {
-    copy_to_shared<K_BYTES>(stage, k_codes + tile * K_BYTES);
-    copy_to_shared<V_BYTES>(stage + K_BYTES, v_codes + tile * V_BYTES);
+                                          const unsigned char* v_codes, int tile) {
+    copy_to_shared<K_BYTES>(stage, k_codes + tile * static_cast<long long>(K_BYTES));
+    copy_to_shared<V_BYTES>(stage + K_BYTES, v_codes + tile * static_cast<long long>(V_BYTES));
 }
 
 // ---- one tile ----------------------------------------------------------------------------------
@@ -88,18 +107,18 @@ __device__ __forceinline__ void load_tile(unsigned stage, const signed char* k_c
 struct Operands {
     unsigned q, k, v;  // k and v: of the current stage
 
-    // S of KEY_BLOCKS_AT_ONCE * 8 columns, from column 8 * block on.
-    __device__ void scores(unsigned (&s)[M_TILES][KEY_BLOCKS_AT_ONCE][4], int block) const {
+    // S of COUNT * 8 columns, from column 8 * block on.
+    template <int COUNT> __device__ void scores(unsigned (&s)[M_TILES][COUNT][4], int block) const {
 #pragma unroll
         for (int step = 0; step < QK_STEPS; ++step) {
-            unsigned a[M_TILES][4], b[KEY_BLOCKS_AT_ONCE / 2][4];
+            unsigned a[M_TILES][4], b[COUNT / 2][4];
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m) ldmatrix_x4(a[m], (q ^ step << 5) + m * 16 * HEAD_DIM);
 #pragma unroll
-            for (int i = 0; i < KEY_BLOCKS_AT_ONCE; i += 2)
+            for (int i = 0; i < COUNT; i += 2)
                 ldmatrix_x4(b[i / 2], (k ^ step << 5) + (block + i) * 8 * HEAD_DIM);
 #pragma unroll
-            for (int i = 0; i < KEY_BLOCKS_AT_ONCE; ++i)
+            for (int i = 0; i < COUNT; ++i)
 #pragma unroll
                 for (int m = 0; m < M_TILES; ++m) {
                     unsigned b0 = b[i / 2][i % 2 * 2], b1 = b[i / 2][i % 2 * 2 + 1];
@@ -153,18 +172,20 @@ struct State {
         }
     }
 
-    // Moves the bound of the rows whose `moves` is not 0 to their largest visible score.
-    __device__ void move_bounds(float (&alpha)[ROWS], const unsigned (&moves)[ROWS], const Operands& tile,
-                                float k_scale, const int (&visible)[ROWS]) {
-        int largest[ROWS] = {};  // below every score as it arrives
+    // Moves the bound of the rows whose `moves` is not 0 to their largest visible score, and brings O and l
+    // to the new bound.
+    __device__ void move_bounds(const unsigned (&moves)[ROWS], const Operands& tile, float k_scale,
+                                const int (&visible)[ROWS]) {
+        constexpr int COUNT = 2;  // few: this runs rarely, and registers are short
+        int largest[ROWS] = {};   // below every score as it arrives
 #pragma unroll 1
-        for (int block = 0; block < KEY_BLOCKS; block += KEY_BLOCKS_AT_ONCE) {
-            unsigned s[M_TILES][KEY_BLOCKS_AT_ONCE][4];
+        for (int block = 0; block < KEY_BLOCKS; block += COUNT) {
+            unsigned s[M_TILES][COUNT][4];
             tile.scores(s, block);
 #pragma unroll
             for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-                for (int e = 0; e < 2 * KEY_BLOCKS_AT_ONCE; ++e) {
+                for (int e = 0; e < 2 * COUNT; ++e) {
                     int score = s[r / 2][e / 2][r % 2 * 2 + e % 2];
                     if (2 * block + e < visible[r]) largest[r] = max(largest[r], score);
                 }
@@ -172,8 +193,9 @@ struct State {
         float bound[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-            bound[r] = tile_bound(largest[r], visible[r] > 0, rows[8 * r].scale, k_scale);
-            if (moves[r]) alpha[r] = shrink_factor(rows[8 * r].bound, bound[r]);
+            RowState row = rows[8 * r];
+            bound[r] = tile_bound(largest[r], visible[r] > 0, row.scale, k_scale);
+            if (moves[r]) rescale(r, shrink_factor(row.bound, bound[r]));
         }
         __syncwarp();  // a row's four lanes read its bound before they write it
 #pragma unroll
@@ -182,9 +204,16 @@ struct State {
         __syncwarp();
     }
 
-    // O = O alpha + T and l = l alpha + l_T, with T = P V of this tile alone.
-    __device__ void add_product(const Weights& p, const float (&alpha)[ROWS], const Operands& tile,
-                                int head_dim) {
+    __device__ void rescale(int r, float alpha) {
+        l[r] = __fmul_rn(l[r], alpha);
+#pragma unroll
+        for (int i = 0; i < CHANNEL_BLOCKS; ++i)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) o[r / 2][i][r % 2 * 2 + e] = __fmul_rn(o[r / 2][i][r % 2 * 2 + e], alpha);
+    }
+
+    // O = O + T and l = l + l_T, with T = P V of this tile alone.
+    __device__ void add_product(const Weights& p, const Operands& tile, int head_dim) {
 #pragma unroll
         for (int i = 0; i < CHANNEL_BLOCKS; ++i) {
             // Padding is left out; and the branches keep the compiler from having more products in flight
@@ -204,8 +233,8 @@ struct State {
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
                 float* o_pair = &o[r / 2][i][r % 2 * 2];
-                o_pair[0] = __fmaf_rn(o_pair[0], alpha[r], low_half(t[r / 2][r % 2]));
-                o_pair[1] = __fmaf_rn(o_pair[1], alpha[r], high_half(t[r / 2][r % 2]));
+                o_pair[0] = __fadd_rn(o_pair[0], low_half(t[r / 2][r % 2]));
+                o_pair[1] = __fadd_rn(o_pair[1], high_half(t[r / 2][r % 2]));
             }
         }
         unsigned sum[M_TILES][2] = {};
@@ -214,7 +243,7 @@ struct State {
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m) multiply(sum[m], p.fragment[m][step], ROW_SUM_COLUMN, ROW_SUM_COLUMN);
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) l[r] = __fmaf_rn(l[r], alpha[r], low_half(sum[r / 2][r % 2]));
+        for (int r = 0; r < ROWS; ++r) l[r] = __fadd_rn(l[r], low_half(sum[r / 2][r % 2]));
     }
 
     __device__ static void multiply(unsigned (&t)[2], const unsigned (&p)[4], unsigned b0, unsigned b1) {
@@ -230,12 +259,11 @@ struct State {
     __device__ void step(const Operands& tile, float k_scale, bool first, bool masked, int head_dim,
                          const Visible& visible) {
         Weights p;
-        float alpha[ROWS] = {1.0f, 1.0f, 1.0f, 1.0f};
         unsigned moves[ROWS] = {1, 1, 1, 1};
         for (bool again = first;; again = true) {
             if (again) {
                 const int count[ROWS] = {visible(0), visible(1), visible(2), visible(3)};
-                move_bounds(alpha, moves, tile, k_scale, count);
+                move_bounds(moves, tile, k_scale, count);
             }
             form_weights(p, tile, k_scale);
             if (masked) {
@@ -250,9 +278,58 @@ struct State {
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) moves[r] = quad_or(p.flags(r));
         }
-        add_product(p, alpha, tile, head_dim);
+        add_product(p, tile, head_dim);
     }
 };
+
+// The loop over the key tiles that the CTA sees.
+__device__ __forceinline__ void add_tiles(State& state, SharedMemory& memory, unsigned shared,
+                                          const Problem& problem, const signed char* q_codes,
+                                          const float* q_scale, const signed char* k_codes,
+                                          const float* k_scale, const float* k_scale_max,
+                                          const unsigned char* v_codes, int head_dim) {
+    const WorkItem item(problem);
+    const int lane = threadIdx.x % 32, kv_tile = item.kv_head * problem.num_key_tiles();
+    const int last_row = min(item.first_row + BLOCK_M, problem.seq_q) - 1;
+    const int num_tiles = (max(problem.visible_end(last_row), 0) + BLOCK_N - 1) / BLOCK_N;  // that a row sees
+
+    auto stage_of = [&](int tile) {
+        return shared + Q_BYTES + tile % STAGES * static_cast<unsigned>(sizeof(Stage));
+    };
+    auto load = [&](int tile) {
+        if (tile < num_tiles) load_tile(stage_of(tile), k_codes, v_codes, kv_tile + tile);
+        cp_async_commit();  // an empty group behind the last tile: the count of groups must not depend on it
+    };
+    copy_to_shared<Q_BYTES>(shared, q_codes + item.q_tile * static_cast<long long>(Q_BYTES));
+    for (int tile = 0; tile < STAGES - 1; ++tile) load(tile);
+    for (int i = threadIdx.x; i < BLOCK_M; i += THREADS) {
+        float scale = item.first_row + i < problem.seq_q ? q_scale[item.q_tile * static_cast<long long>(BLOCK_M) + i] : 0.0f;
+        memory.rows[i] = {limited_row_scale(scale, k_scale_max[item.kv_head]), minus_infinity()};
+    }
+
+    // ldmatrix: matrix lane / 8, row lane % 8. Q: rows 0-7, 8-15 of two chunks; K: two chunks of two key
+    // blocks; V: four chunks of a channel block.
+    const unsigned q_lane =
+        (threadIdx.x / 32 * M_TILES * 16 + lane % 16) * HEAD_DIM | (lane / 16 * 16 ^ row_swizzle(lane));
+    const unsigned k_lane =
+        (lane / 16 * 8 + lane % 8) * HEAD_DIM | (lane / 8 % 2 * 16 ^ row_swizzle(lane));
+    const unsigned v_lane = (lane / 8 * HEAD_DIM + lane % 8) * 16;
+    for (int tile = 0; tile < num_tiles; ++tile) {
+        const float group_scale = k_scale[(kv_tile + tile) * 4LL + lane % 4];
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();  // the tile is there, and all warps are done with the one that makes way
+        load(tile + STAGES - 1);
+        const WorkItem here(problem);
+        const bool masked = (tile + 1) * BLOCK_N > problem.visible_end(here.first_row);
+        if (masked && tile * BLOCK_N >= problem.visible_end(here.warp_row() + M_TILES * 16 - 1)) continue;
+        const unsigned stage = stage_of(tile);
+        state.step({opaque(shared + q_lane), opaque(stage + k_lane), opaque(stage + K_BYTES + v_lane)},
+                   group_scale, tile == 0, masked, head_dim, [&](int r) {
+                       int end = problem.visible_end(WorkItem(problem).warp_row() + 8 * r + lane / 4);
+                       return end - tile * BLOCK_N - lane % 4 * (BLOCK_N / 4);
+                   });
+    }
+}
 
 // ---- the result --------------------------------------------------------------------------------
 
@@ -316,74 +393,27 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
           int num_heads_kv, int seq_q, int seq_kv, int head_dim, int causal_offset, float sm_scale) {
     extern __shared__ __align__(1024) unsigned char dynamic_shared[];
     SharedMemory& memory = *reinterpret_cast<SharedMemory*>(dynamic_shared);
+    const unsigned shared = shared_address(dynamic_shared);
     const Problem problem{num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset};
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int row_block = CAUSAL ? gridDim.x - 1 - blockIdx.x : blockIdx.x;  // the longest first
-    const long long head = static_cast<long long>(blockIdx.z) * num_heads_q + blockIdx.y;
-    const long long kv_head =
-        static_cast<long long>(blockIdx.z) * num_heads_kv + blockIdx.y / (num_heads_q / num_heads_kv);
-    const long long kv_tile = kv_head * problem.num_key_tiles();
-    const long long q_tile = head * problem.num_row_blocks() + row_block;
-
-    // Tiles that some row of the CTA sees, tiles that all rows see completely, keys that the warp sees.
-    const int first_row = row_block * BLOCK_M, warp_row = first_row + warp * M_TILES * 16;
-    const int last_row = min(first_row + BLOCK_M, seq_q) - 1;
-    const int num_tiles = (max(problem.visible_end(last_row), 0) + BLOCK_N - 1) / BLOCK_N;
-    const int num_full_tiles = max(problem.visible_end(first_row), 0) / BLOCK_N;
-    const int warp_end = problem.visible_end(warp_row + M_TILES * 16 - 1);
-
-    const unsigned shared = shared_address(dynamic_shared);
-    auto stage_of = [&](int tile) {
-        return shared + Q_BYTES + tile % STAGES * static_cast<unsigned>(sizeof(Stage));
-    };
-    auto load = [&](int tile) {
-        if (tile < num_tiles) load_tile(stage_of(tile), k_codes, v_codes, kv_tile + tile);
-        cp_async_commit();  // an empty group behind the last tile: the count of groups must not depend on it
-    };
-    copy_to_shared<Q_BYTES>(shared, q_codes + q_tile * Q_BYTES);
-    for (int tile = 0; tile < STAGES - 1; ++tile) load(tile);
-
-    const float k_scale_top = k_scale_max[kv_head];
-    for (int i = threadIdx.x; i < BLOCK_M; i += THREADS) {
-        float scale = first_row + i < seq_q ? q_scale[q_tile * BLOCK_M + i] : 0.0f;
-        memory.rows[i] = {limited_row_scale(scale, k_scale_top), minus_infinity()};
-    }
     State state{memory.rows + warp * M_TILES * 16 + lane / 4};
-
-    // ldmatrix: matrix lane / 8, row lane % 8. Q: rows 0-7, 8-15 of two chunks; K: two chunks of two key
-    // blocks; V: four chunks of a channel block.
-    const unsigned q_lane = (warp * M_TILES * 16 + lane % 16) * HEAD_DIM | (lane / 16 * 16 ^ row_swizzle(lane));
-    const unsigned k_lane =
-        (lane / 16 * 8 + lane % 8) * HEAD_DIM | (lane / 8 % 2 * 16 ^ row_swizzle(lane));
-    const unsigned v_lane = (lane / 8 * HEAD_DIM + lane % 8) * 16;
-
-    for (int tile = 0; tile < num_tiles; ++tile) {
-        const float group_scale = k_scale[(kv_tile + tile) * 4 + lane % 4];
-        cp_async_wait<STAGES - 2>();
-        __syncthreads();  // the tile is there, and all warps are done with the one that makes way
-        load(tile + STAGES - 1);
-        if (tile * BLOCK_N >= warp_end) continue;
-        const unsigned stage = stage_of(tile);
-        state.step({opaque(shared + q_lane), opaque(stage + k_lane), opaque(stage + K_BYTES + v_lane)}, group_scale, tile == 0,
-                   tile >= num_full_tiles, head_dim, [&](int r) {
-                       int end = problem.visible_end(warp_row + 8 * r + lane / 4);
-                       return end - tile * BLOCK_N - lane % 4 * (BLOCK_N / 4);
-                   });
-    }
+    add_tiles(state, memory, shared, problem, q_codes, q_scale, k_codes, k_scale, k_scale_max, v_codes, head_dim);
     __syncthreads();  // the operands make way for the output
 
+    const WorkItem item(problem);
+    const int row = item.warp_row() + lane / 4, end = problem.visible_end(item.first_row);
+    const int full_tiles = end == seq_kv ? problem.num_key_tiles() : max(end, 0) / BLOCK_N;
     const Output out{static_cast<unsigned short*>(o) + blockIdx.z * o_stride_b + blockIdx.y * o_stride_h,
                      o_stride_s, head_dim, seq_q};
-    const bool sees_all = problem.visible_end(first_row) == seq_kv;
-    const int offset_index = sees_all ? problem.num_key_tiles() : num_full_tiles;
-    write_output(state, out, dynamic_shared + warp * M_TILES * 16 * HEAD_DIM * 2, warp_row,
-                 v_scale + kv_head * HEAD_DIM,
-                 v_offset + (kv_head * (problem.num_key_tiles() + 1) + offset_index) * HEAD_DIM);
-    if (RETURN_LSE && lane % 4 == 0)
-        for (int r = 0; r < ROWS; ++r) {
-            int i = warp * M_TILES * 16 + 8 * r + lane / 4;
-            if (first_row + i < seq_q)
-                lse[head * seq_q + first_row + i] =
-                    row_lse(state.rows[8 * r].bound, state.l[r], sm_scale, q_mean_dot[q_tile * BLOCK_M + i]);
-        }
+    write_output(state, out, dynamic_shared + warp * M_TILES * 16 * HEAD_DIM * 2, item.warp_row(),
+                 v_scale + item.kv_head * static_cast<long long>(HEAD_DIM),
+                 v_offset + (item.kv_head * (problem.num_key_tiles() + 1LL) + full_tiles) * HEAD_DIM);
+    if (RETURN_LSE && lane % 4 == 0) {
+        const float* mean_dot = q_mean_dot + item.q_tile * static_cast<long long>(BLOCK_M) - item.first_row;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+            if (row + 8 * r < seq_q)
+                lse[static_cast<long long>(item.head) * seq_q + row + 8 * r] =
+                    row_lse(state.rows[8 * r].bound, state.l[r], sm_scale, mean_dot[row + 8 * r]);
+    }
 }

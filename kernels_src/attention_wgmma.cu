@@ -10,6 +10,7 @@
 constexpr int NUM_WARPGROUPS = BLOCK_M / 64;
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = NUM_WARPGROUPS == 2 ? 240 : 160;
 constexpr int CONSUMER_THREADS = 128 * NUM_WARPGROUPS;
+constexpr bool OVERLAP = NUM_WARPGROUPS == 2;  // P V under the softmax of the next tile: needs P twice
 constexpr int V_ROWS = HEAD_DIM + ROW_SUM_ROWS;
 constexpr int ROW_BYTES = HEAD_DIM;  // of Q and K, and their swizzle: 128 or 64 bytes
 constexpr unsigned LAYOUT_QK = HEAD_DIM == 64 ? LAYOUT_SWIZZLE_64 : LAYOUT_SWIZZLE_128;
@@ -27,6 +28,7 @@ constexpr int align_up(int bytes, int to) { return (bytes + to - 1) / to * to; }
 // What belongs to a work item beside Q. Two of them: an epilogue still reads its own when the next comes.
 struct __align__(16) ItemScales {
     float q_scale[BLOCK_M];
+    float q_mean_dot[BLOCK_M];  // only with RETURN_LSE
     float v_scale[HEAD_DIM];
     float v_offset[HEAD_DIM];
     float k_scale_max[4];  // once
@@ -44,6 +46,8 @@ constexpr int BARRIER_OFFSET = ITEM_OFFSET + 2 * sizeof(ItemScales);
 enum Barrier { Q_FULL, Q_EMPTY, K_FULL, V_FULL = K_FULL + STAGES, EMPTY = V_FULL + STAGES,
                NUM_BARRIERS = EMPTY + STAGES };
 constexpr int SHARED_BYTES = BARRIER_OFFSET + NUM_BARRIERS * 8;
+
+__device__ __forceinline__ unsigned barrier(unsigned shared, int which) { return shared + BARRIER_OFFSET + 8 * which; }
 
 struct Problem {
     int num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset;
@@ -102,32 +106,33 @@ __device__ __forceinline__ int work_index(int n) {
 // ---- producer ----------------------------------------------------------------------------------
 
 __device__ __forceinline__ void produce(unsigned shared, const signed char* q_codes,
-                                        const float* q_scale, const signed char* k_codes,
+                                        const float* q_scale, const float* q_mean_dot, const signed char* k_codes,
                                         const float* k_scale, const float* k_scale_max,
                                         const unsigned char* v_codes, const float* v_scale,
                                         const float* v_offset, ItemScales* scales, const Problem& problem,
                                         int heads) {
-    unsigned barriers = shared + BARRIER_OFFSET;
     int num_items = heads * problem.num_row_blocks(), key_tiles = problem.num_key_tiles();
     RingPosition ring;
     for (int n = 0, index; (index = work_index(n)) < num_items; ++n) {
         WorkItem item(problem, heads, index);
-        if (n > 0) mbarrier_wait(barriers + 8 * Q_EMPTY, (n - 1) & 1);
+        if (n > 0) mbarrier_wait(barrier(shared, Q_EMPTY), (n - 1) & 1);
         long long q_tile = static_cast<long long>(item.head) * problem.num_row_blocks() + item.row_block;
         long long kv_head = item.kv_head, offset = kv_head * (key_tiles + 1) + item.num_full_tiles;
         ItemScales& destination = scales[n % 2];
-        unsigned q_full = barriers + 8 * Q_FULL;
+        unsigned q_full = barrier(shared, Q_FULL);
         destination.k_scale_max[0] = k_scale_max[kv_head];
-        mbarrier_arrive_expect_bytes(q_full, Q_BYTES + 4 * (BLOCK_M + 2 * HEAD_DIM));
+        mbarrier_arrive_expect_bytes(q_full, Q_BYTES + 4 * ((1 + RETURN_LSE) * BLOCK_M + 2 * HEAD_DIM));
+        if (RETURN_LSE)
+            bulk_copy(shared_address(destination.q_mean_dot), q_mean_dot + q_tile * BLOCK_M, 4 * BLOCK_M, q_full);
         bulk_copy(shared, q_codes + q_tile * Q_BYTES, Q_BYTES, q_full);
         bulk_copy(shared_address(destination.q_scale), q_scale + q_tile * BLOCK_M, 4 * BLOCK_M, q_full);
         bulk_copy(shared_address(destination.v_scale), v_scale + kv_head * HEAD_DIM, 4 * HEAD_DIM, q_full);
         bulk_copy(shared_address(destination.v_offset), v_offset + offset * HEAD_DIM, 4 * HEAD_DIM, q_full);
         for (int j = 0; j < item.num_tiles; ++j, ring.advance()) {
-            unsigned k_full = barriers + 8 * (K_FULL + ring.stage), v_full = barriers + 8 * (V_FULL + ring.stage);
+            unsigned k_full = barrier(shared, K_FULL + ring.stage), v_full = barrier(shared, V_FULL + ring.stage);
             unsigned stage = shared + ring.stage * STAGE_BYTES;
             long long tile = static_cast<long long>(item.kv_head) * key_tiles + j;
-            mbarrier_wait(barriers + 8 * (EMPTY + ring.stage), ring.parity ^ 1);
+            mbarrier_wait(barrier(shared, EMPTY + ring.stage), ring.parity ^ 1);
             mbarrier_arrive_expect_bytes(k_full, K_BYTES + 16);
             bulk_copy(stage + K_OFFSET, k_codes + tile * K_BYTES, K_BYTES, k_full);
             bulk_copy(shared + SCALE_OFFSET + 16 * ring.stage, k_scale + 4 * tile, 16, k_full);
@@ -143,8 +148,9 @@ constexpr int WORDS = BLOCK_N / 16;  // of P a row and thread: codes of keys 4i 
 
 struct Row : RowState {
     float l;
-    float alpha;  // by which the latest move of the bound scales what was summed before
-    bool moved;   // in the latest tile
+    float alpha;  // what a move of the bound in the latest tile scales the sums by; 1 without a move
+
+    __device__ bool moved() const { return alpha != 1.0f; }  // a move shrinks them, or they are NaN
 };
 
 // Word i of a row is register 4 (i / 2) + 2 (i % 2) + r of the A fragments; its scores are s[8i + 2r],
@@ -152,27 +158,6 @@ struct Row : RowState {
 __device__ __forceinline__ constexpr int word_index(int i, int r) { return 4 * (i / 2) + 2 * (i % 2) + r; }
 __device__ __forceinline__ constexpr int score_index(int i, int r, int e) {
     return 8 * i + 2 * r + e % 2 + e / 2 * 4;
-}
-
-// `visible[r]` keys of the thread's group are visible to row r; only a masked tile has others.
-__device__ __forceinline__ void form_tile(unsigned (&p)[2 * WORDS], const unsigned (&s)[8 * WORDS],
-                                          const Row (&row)[2], float k_scale, const int (&visible)[2],
-                                          bool masked) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        RowMap map(row[r], k_scale);
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i) {
-            unsigned scores[4] = {s[score_index(i, r, 0)], s[score_index(i, r, 1)], s[score_index(i, r, 2)],
-                                  s[score_index(i, r, 3)]};
-            p[word_index(i, r)] = form_p(map, scores);
-        }
-    }
-    if (!masked) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i) p[word_index(i, r)] = mask_p(p[word_index(i, r)], visible[r] - 4 * i);
 }
 
 // Flags of one row's words, or-ed in four independent chains.
@@ -183,8 +168,33 @@ __device__ __forceinline__ unsigned row_flags(const unsigned (&p)[2 * WORDS], in
     return (flags[0] | flags[1] | flags[2] | flags[3]) & LIMIT_BITS;
 }
 
-__device__ __forceinline__ void move_bound(Row& row, const unsigned (&s)[8 * WORDS], int r, int visible,
-                                           float k_scale) {
+// P of a tile, and flags of the rows that reached the limit. `visible[r]` keys of the thread's group are visible to row r; only a masked tile has others.
+__device__ __forceinline__ void form_tile(unsigned (&p)[2 * WORDS], const unsigned (&s)[8 * WORDS],
+                                          const Row (&row)[2], float k_scale, const int (&visible)[2],
+                                          bool masked, unsigned (&flags)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        RowMap map(row[r], k_scale);
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            unsigned scores[4] = {s[score_index(i, r, 0)], s[score_index(i, r, 1)], s[score_index(i, r, 2)],
+                                  s[score_index(i, r, 3)]};
+            p[word_index(i, r)] = form_p(map, scores);
+        }
+    }
+    flags[0] = row_flags(p, 0);
+    flags[1] = row_flags(p, 1);
+    if (!masked) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) p[word_index(i, r)] = mask_p(p[word_index(i, r)], visible[r] - 4 * i);
+        flags[r] = row_flags(p, r);
+    }
+}
+
+__device__ __forceinline__ void move_bound(Row& row, bool moves, const unsigned (&s)[8 * WORDS], int r,
+                                           int visible, float k_scale) {
     int largest = 0;  // below every score as it arrives
 #pragma unroll
     for (int i = 0; i < WORDS; ++i)
@@ -192,7 +202,7 @@ __device__ __forceinline__ void move_bound(Row& row, const unsigned (&s)[8 * WOR
         for (int e = 0; e < 4; ++e)
             if (4 * i + e < visible) largest = max(largest, static_cast<int>(s[score_index(i, r, e)]));
     float bound = tile_bound(largest, visible > 0, row.scale, k_scale);
-    if (!row.moved) return;
+    if (!moves) return;
     row.alpha = shrink_factor(row.bound, bound);
     row.bound = bound;
 }
@@ -202,19 +212,12 @@ __device__ __forceinline__ void softmax_tile(unsigned (&p)[2 * WORDS], Row (&row
                                              const unsigned (&s)[8 * WORDS], const int (&visible)[2],
                                              float k_scale, bool masked, bool first) {
     unsigned flags[2] = {~0u, ~0u};
-    if (!first) {
-        form_tile(p, s, row, k_scale, visible, masked);
-        flags[0] = row_flags(p, 0);
-        flags[1] = row_flags(p, 1);
-    }
-    row[0].moved = row[1].moved = false;
+    if (!first) form_tile(p, s, row, k_scale, visible, masked, flags);
+    row[0].alpha = row[1].alpha = 1.0f;
     if (first || __builtin_expect(__any_sync(FULL_MASK, flags[0] | flags[1]), 0)) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            row[r].moved = quad_or(flags[r]) != 0;
-            move_bound(row[r], s, r, visible[r], k_scale);
-        }
-        form_tile(p, s, row, k_scale, visible, masked);
+        for (int r = 0; r < 2; ++r) move_bound(row[r], quad_or(flags[r]) != 0, s, r, visible[r], k_scale);
+        form_tile(p, s, row, k_scale, visible, masked, flags);
     }
 }
 
@@ -275,7 +278,12 @@ struct Output {
     float* lse;
     long long stride_b, stride_h, stride_s;
     int head_dim;
-    bool pairs;  // two neighbouring channels can be written at once
+
+    // Two neighbouring channels can be written at once.
+    __device__ bool pairs() const {
+        return head_dim % 2 == 0 && (stride_b | stride_h | stride_s) % 2 == 0 &&
+               reinterpret_cast<unsigned long long>(o) % 4 == 0;
+    }
 };
 
 // Step 8 for one row.
@@ -289,7 +297,7 @@ __device__ __forceinline__ void write_row(const Output& out, unsigned short* des
         float2 scale = *reinterpret_cast<const float2*>(scales.v_scale + column);
         float2 offset = *reinterpret_cast<const float2*>(scales.v_offset + column);
         unsigned pair = row.l == 0.0f ? 0u : output_pair(o[4 * i + 2 * r], o[4 * i + 2 * r + 1], reciprocal, scale, offset);
-        if (out.pairs) {
+        if (out.pairs()) {
             if (column < out.head_dim) *reinterpret_cast<unsigned*>(destination + column) = pair;
         } else {
             if (column < out.head_dim) destination[column] = static_cast<unsigned short>(pair);
@@ -300,24 +308,25 @@ __device__ __forceinline__ void write_row(const Output& out, unsigned short* des
 
 struct Consumer {
     const Problem& problem;
-    unsigned shared, barriers;
-    unsigned q, k, v;    // descriptors: the warpgroup's rows of Q, K and V of stage 0
-    int warpgroup;
+    unsigned shared;
+    unsigned q;          // descriptor of the warpgroup's rows of Q
     int first_row;       // of this thread: g and g + 8 of its warp
     RingPosition ring;   // of the tile whose K is next
     Row row[2];
     unsigned s[BLOCK_N / 2];     // S: integer scores as they arrive (step 6)
-    unsigned p[2][BLOCK_N / 8];  // P: E4M3 codes, the A fragments of P V, of this tile and the last
+    unsigned p[2 * WORDS];       // P: E4M3 codes, the A fragments of P V
     unsigned t[V_ROWS / 4];      // T = P V of one tile, FP16 pairs; the last group is the row sum
     float o[HEAD_DIM / 2];       // O
 
-    __device__ void release(unsigned barrier) {
+    __device__ unsigned stage_address(RingPosition at) const { return shared + at.stage * STAGE_BYTES; }
+
+    __device__ void release(int which) {
         __syncwarp();
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier(shared, which));
     }
 
     __device__ float wait_k(int stage, unsigned parity) {
-        mbarrier_wait(barriers + 8 * (K_FULL + stage), parity);
+        mbarrier_wait(barrier(shared, K_FULL + stage), parity);
         float scale;
         asm volatile("ld.shared.f32 %0, [%1];" : "=f"(scale)
                      : "r"(shared + SCALE_OFFSET + 16 * stage + threadIdx.x % 4 * 4) : "memory");
@@ -332,96 +341,83 @@ struct Consumer {
         softmax_tile(p, row, s, visible, k_scale, masked, tile == 0);
     }
 
-    // P V of the tile at `at`, added to T unless a promotion interval begins with that tile.
-    __device__ void issue_products(const unsigned (&p)[2 * WORDS], RingPosition at, int tile) {
-        mbarrier_wait(barriers + 8 * (V_FULL + at.stage), at.parity);
-        issue_pv(t, p, v + at.stage * (STAGE_BYTES / 16), tile % PROMOTE_EVERY != 0);
+    // P V of `tile`, in stage `at`, added to T unless a promotion interval begins with that tile.
+    __device__ void issue_products(RingPosition at, int tile) {
+        mbarrier_wait(barrier(shared, V_FULL + at.stage), at.parity);
+        issue_pv(t, p, descriptor_low(stage_address(at) + V_OFFSET, V_ROWS * 16), tile % PROMOTE_EVERY != 0);
     }
 
-    // After P V of `tile`: promotion at the end of an interval; a row whose bound has moved since
-    // starts anew with T = 0.
-    __device__ void collect(int tile) {
-        bool end = tile % PROMOTE_EVERY == PROMOTE_EVERY - 1;
-        if (end) {
-            promote(o, row[0], t, 0);
-            promote(o, row[1], t, 1);
-        }
-        if (!__any_sync(FULL_MASK, row[0].moved || row[1].moved)) return;
+    // A row whose bound has moved in `tile` is brought to the new bound.
+    __device__ void follow_bound(int tile) {
+        if (!__any_sync(FULL_MASK, row[0].moved() || row[1].moved())) return;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            if (!row[r].moved) continue;
-            if (!end) promote(o, row[r], t, r);
+            if (!row[r].moved()) continue;
+            if (tile % PROMOTE_EVERY != 0) promote(o, row[r], t, r);
             rescale(o, row[r], r);
 #pragma unroll
             for (int i = 0; i < V_ROWS / 8; ++i) t[2 * i + r] = 0;
         }
     }
 
-    // Tile j: Q K^T, P V of tile j - 1 beside it, then P.
-    template <int BUFFER> __device__ void step(const WorkItem& item, int tile) {
+    __device__ void promote_all() {
+        promote(o, row[0], t, 0);
+        promote(o, row[1], t, 1);
+    }
+
+    // Tile j: Q K^T and P V of tile j - 1, then P of tile j while the other warpgroup has the tensor cores.
+    __device__ void step(const WorkItem& item, int tile) {
         RingPosition last = ring;
         ring.advance();
         float k_scale = wait_k(ring.stage, ring.parity);
-#if PINGPONG
-        named_barrier_sync(1 + warpgroup, 256);
-#endif
-        issue_qk(s, q, k + ring.stage * (STAGE_BYTES / 16));
-        issue_products(p[BUFFER ^ 1], last, tile - 1);
-#if PINGPONG
-        named_barrier_arrive(2 - warpgroup, 256);
-#endif
-        wgmma_wait<1>();
-        softmax(p[BUFFER], item, tile, k_scale);
-        wgmma_wait<0>();
-        release(barriers + 8 * (EMPTY + last.stage));
-        collect(tile - 1);
-    }
-
-    template <int BUFFER> __device__ void finish(int tile) {
-        issue_products(p[BUFFER], ring, tile);
-        wgmma_wait<0>();
-        release(barriers + 8 * (EMPTY + ring.stage));
-        promote(o, row[0], t, 0);
-        promote(o, row[1], t, 1);
-        ring.advance();
+        issue_qk(s, q, descriptor_low(stage_address(ring) + K_OFFSET, 16));
+        issue_products(last, tile - 1);
+        if (OVERLAP) {
+            unsigned next_p[2 * WORDS];
+            wgmma_wait<1>();
+            softmax(next_p, item, tile, k_scale);
+            wgmma_wait<0>();
+            release(EMPTY + last.stage);
+            if (tile % PROMOTE_EVERY == 0) promote_all();
+#pragma unroll
+            for (int i = 0; i < 2 * WORDS; ++i) p[i] = next_p[i] ^ (problem.seq_q >> 31);  // not a move: C7513
+        } else {
+            wgmma_wait<0>();
+            release(EMPTY + last.stage);
+            if (tile % PROMOTE_EVERY == 0) promote_all();
+            softmax(p, item, tile, k_scale);
+        }
+        follow_bound(tile);
     }
 
     __device__ void attend(const WorkItem& item) {
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0.0f;
-        if (item.num_tiles == 0) return release(barriers + 8 * Q_EMPTY);
+        if (item.num_tiles == 0) return release(Q_EMPTY);
         float k_scale = wait_k(ring.stage, ring.parity);
-        issue_qk(s, q, k + ring.stage * (STAGE_BYTES / 16));
+        issue_qk(s, q, descriptor_low(stage_address(ring) + K_OFFSET, 16));
         wgmma_wait<0>();
-        softmax(p[0], item, 0, k_scale);
-        int tile = 1;
-        for (; tile + 1 < item.num_tiles; tile += 2) {
-            step<1>(item, tile);
-            step<0>(item, tile + 1);
-        }
-        if (tile < item.num_tiles) step<1>(item, tile);
-        release(barriers + 8 * Q_EMPTY);
-        if (tile < item.num_tiles) finish<1>(tile);
-        else finish<0>(tile - 1);
+        softmax(p, item, 0, k_scale);
+        for (int tile = 1; tile < item.num_tiles; ++tile) step(item, tile);
+        release(Q_EMPTY);
+        issue_products(ring, item.num_tiles - 1);
+        wgmma_wait<0>();
+        release(EMPTY + ring.stage);
+        promote_all();
+        ring.advance();
     }
 };
 
-__device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_scales, const float* q_mean_dot,
-                                        const Output& out, const Problem& problem, int heads, float sm_scale) {
+__device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_scales, const Output& out, const Problem& problem, int heads, float sm_scale) {
     int warpgroup = __shfl_sync(FULL_MASK, threadIdx.x / 128, 0) - 1, lane = threadIdx.x % 32;
     int row_in_block = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
     int num_items = heads * problem.num_row_blocks();
-    Consumer consumer{problem, shared, shared + BARRIER_OFFSET,
-                      descriptor_low(shared + warpgroup * 64 * ROW_BYTES, 16),
-                      descriptor_low(shared + K_OFFSET, 16), descriptor_low(shared + V_OFFSET, V_ROWS * 16), warpgroup};
-#if PINGPONG
-    if (warpgroup == 1) named_barrier_arrive(1, 256);
-#endif
+    Consumer consumer{problem, shared, descriptor_low(shared + warpgroup * 64 * ROW_BYTES, 16)};
     for (int n = 0, index; (index = work_index(n)) < num_items; ++n) {
         WorkItem item(problem, heads, index);
         const ItemScales& scales = item_scales[n % 2];
         consumer.first_row = item.row_block * BLOCK_M + row_in_block;
-        mbarrier_wait(consumer.barriers + 8 * Q_FULL, n & 1);
+        mbarrier_wait(barrier(shared, Q_FULL), n & 1);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             consumer.row[r] = Row{{limited_row_scale(scales.q_scale[row_in_block + 8 * r], scales.k_scale_max[0]), minus_infinity()}, 0.0f};
@@ -435,11 +431,9 @@ __device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_
             int row = item.row_block * BLOCK_M + row_in_block + 8 * r;
             if (row >= problem.seq_q) continue;
             write_row(out, head + row * out.stride_s, consumer.o, consumer.row[r], r, scales);
-            if (RETURN_LSE && lane % 4 == 0) {
-                float dot = q_mean_dot[static_cast<long long>(item.head) * problem.num_row_blocks() * BLOCK_M + row];
-                out.lse[static_cast<long long>(item.head) * problem.seq_q + row] =
-                    row_lse(consumer.row[r].bound, consumer.row[r].l, sm_scale, dot);
-            }
+            if (RETURN_LSE && lane % 4 == 0)
+                out.lse[static_cast<long long>(item.head) * problem.seq_q + row] = row_lse(
+                    consumer.row[r].bound, consumer.row[r].l, sm_scale, scales.q_mean_dot[row_in_block + 8 * r]);
         }
     }
 }
@@ -451,16 +445,16 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
           long long o_stride_s, int batch, int num_heads_q, int num_heads_kv, int seq_q, int seq_kv,
           int head_dim, int causal_offset, float sm_scale) {
     extern __shared__ __align__(1024) unsigned char dynamic_shared[];
-    unsigned shared = shared_address(dynamic_shared), barriers = shared + BARRIER_OFFSET;
+    unsigned shared = shared_address(dynamic_shared);
     ItemScales* item_scales = reinterpret_cast<ItemScales*>(dynamic_shared + ITEM_OFFSET);
     Problem problem{num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset};
     if (threadIdx.x == 0) {
-        mbarrier_init(barriers + 8 * Q_FULL, 1);
-        mbarrier_init(barriers + 8 * Q_EMPTY, CONSUMER_THREADS / 32);
+        mbarrier_init(barrier(shared, Q_FULL), 1);
+        mbarrier_init(barrier(shared, Q_EMPTY), CONSUMER_THREADS / 32);
         for (int stage = 0; stage < STAGES; ++stage) {
-            mbarrier_init(barriers + 8 * (K_FULL + stage), 1);
-            mbarrier_init(barriers + 8 * (V_FULL + stage), 1);
-            mbarrier_init(barriers + 8 * (EMPTY + stage), CONSUMER_THREADS / 32);
+            mbarrier_init(barrier(shared, K_FULL + stage), 1);
+            mbarrier_init(barrier(shared, V_FULL + stage), 1);
+            mbarrier_init(barrier(shared, EMPTY + stage), CONSUMER_THREADS / 32);
         }
         mbarrier_fence_init();
     }
@@ -468,13 +462,11 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
     if (threadIdx.x < 128) {
         registers_lower<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0)
-            produce(shared, q_codes, q_scale, k_codes, k_scale, k_scale_max, v_codes, v_scale, v_offset,
+            produce(shared, q_codes, q_scale, q_mean_dot, k_codes, k_scale, k_scale_max, v_codes, v_scale, v_offset,
                     item_scales, problem, batch * num_heads_q);
     } else {
         registers_raise<CONSUMER_REGISTERS>();
-        Output out{o, lse, o_stride_b, o_stride_h, o_stride_s, head_dim,
-                   head_dim % 2 == 0 && (o_stride_b | o_stride_h | o_stride_s) % 2 == 0 &&
-                       reinterpret_cast<unsigned long long>(o) % 4 == 0};
-        consume(shared, item_scales, q_mean_dot, out, problem, batch * num_heads_q, sm_scale);
+        Output out{o, lse, o_stride_b, o_stride_h, o_stride_s, head_dim};
+        consume(shared, item_scales, out, problem, batch * num_heads_q, sm_scale);
     }
 }

@@ -23,7 +23,7 @@ struct RowState {
 };
 
 __device__ __forceinline__ float limited_row_scale(float q_scale, float k_scale_max) {
-    float limit = __fdiv_rn(0.25f, k_scale_max);
+    float limit = fminf(__fdiv_rn(0.25f, k_scale_max), 3.40282347e38f);
     return q_scale > limit ? limit : q_scale;  // a NaN stays
 }
 
@@ -76,7 +76,7 @@ __device__ __forceinline__ unsigned mask_p(unsigned word, int visible) {
 // be or-ed first.
 __device__ __forceinline__ unsigned limit_flags(unsigned word) {
     if (V_F16) return word;  // 2.0 is 0x4000
-    return P_CODE ? (word + 0x02020202u) | word : word + 0x02020202u;  // code 126 becomes 0x80
+    return P_CODE ? (word + 0x10101010u) | word : word + 0x10101010u;  // code 112 becomes 0x80
 }
 
 __device__ __forceinline__ unsigned quad_or(unsigned x) {

@@ -153,11 +153,11 @@ extern "C" __global__ void __launch_bounds__(HEAD_DIM) finish_statistics(
     const long long i = static_cast<long long>(kv_head) * HEAD_DIM + threadIdx.x;
     float mean, spread;
     mean_and_spread(partial, kv_head, 0, seq_kv, SMOOTH_K, mean, spread);
-    const int exponent = spread > 0.0f ? ((__float_as_int(spread) >> 23) - 127) >> 1 : 0;
-    const unsigned sign = static_cast<unsigned>(rotation_sign(threadIdx.x)) << 31;
+    const float balance = spread > 0.0f ? __fsqrt_rn(spread) : 1.0f;
+    const float sign = rotation_sign(threadIdx.x) ? -1.0f : 1.0f;
     k_mean[i] = mean;
-    k_factor[i] = __uint_as_float(sign | static_cast<unsigned>(127 - exponent) << 23);
-    q_factor[i] = __uint_as_float(sign | static_cast<unsigned>(127 + exponent) << 23);
+    k_factor[i] = __fmul_rn(sign, __fdiv_rn(1.0f, balance));
+    q_factor[i] = __fmul_rn(sign, balance);
 
     mean_and_spread(partial, kv_head, 1, seq_kv, true, mean, spread);
     const float inverse = __fdiv_rn(V_MAX, spread);

@@ -19,7 +19,7 @@ SCORE_MAGIC = np.float32(12582912)  # form "ex2": M, whose ulp is 1
 CODE_MAGIC = 2.0**22  # form "code": the accumulator's start, as a denormal
 CODES_PER_OCTAVE = np.float32(8)
 CODE_BIAS = np.log2(0.5 / np.log(2) ** 2)  # of (1 + f) against 2**f, see section 8
-P_LIMIT = {"e4m3": np.float32(448), "f16": np.float32(2)}
+P_LIMIT = {"e4m3": np.float32(128), "f16": np.float32(2)}
 
 PARTS = frozenset({"qk", "p", "v", "accumulator"})
 
@@ -254,7 +254,7 @@ def code_step(a):
 def codes_of_p(scores, a, bound, plan):
     """E4M3 codes of P by one FMA: float64 holds it exactly, so this rounds once.
 
-    From 126 on the bound moves and these codes are dropped, so 127 (NaN) stands for all up to 255.
+    From 112 on the bound moves and these codes are dropped, so 127 (NaN) stands for all up to 255.
     """
     group_keys = scores.shape[-1] // quantize.KEY_GROUPS
     step = code_step(a).astype(np.float64)

@@ -32,7 +32,7 @@ class Channels:
     """What quantisation needs to know of each channel, (..., head_dim)."""
 
     k_mean: np.ndarray
-    balance: np.ndarray  #: 2**e: Q is multiplied by it, K divided
+    balance: np.ndarray  #: Q is multiplied by it, K by its reciprocal
     v_mean: np.ndarray
     v_spread: np.ndarray
 
@@ -120,9 +120,8 @@ def finish_statistics(k, v, seq_kv, smooth_k=True):
     """`Channels` from the `Statistics` of K and V."""
     k_mean, k_spread = _mean_and_spread(k, seq_kv, smooth_k)
     v_mean, v_spread = _mean_and_spread(v, seq_kv, True)
-    exponent = ((k_spread.view(np.int32) >> 23) - 127) >> 1
-    exponent = np.where(k_spread > 0, exponent, 0)
-    return Channels(k_mean, np.ldexp(np.float32(1), exponent), v_mean, v_spread)
+    balance = np.where(k_spread > 0, np.sqrt(k_spread), np.float32(1))
+    return Channels(k_mean, balance, v_mean, v_spread)
 
 
 def _mean_and_spread(x, seq_kv, subtract_mean):
@@ -202,7 +201,7 @@ def dot_with_mean(q, k_mean):
 def quantize_k(k, channels, plan, rounded=True):
     """INT8 codes with one scale for every key group, a quarter of a tile."""
     k = finite(widen(k, plan.head_dim))
-    x = rotate((k - channels.k_mean[..., None, :]) * (1 / channels.balance[..., None, :]))
+    x = rotate((k - channels.k_mean[..., None, :]) * (np.float32(1) / channels.balance[..., None, :]))
     tiles = in_tiles(x, plan.block_n)
     groups = tiles.reshape(*tiles.shape[:-2], KEY_GROUPS, plan.block_n // KEY_GROUPS, plan.head_dim)
     amax = np.abs(groups).max(axis=(-2, -1))

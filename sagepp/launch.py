@@ -97,7 +97,7 @@ def attention_shared_bytes(plan: Plan) -> int:
     if plan.kernel == "mma":
         return q_bytes + plan.stages * (k_bytes + v_bytes + 16)
     stage_bytes = _align(k_bytes + v_bytes, 1024)
-    item_bytes = 4 * (plan.block_m + 2 * d + 4)
+    item_bytes = 4 * (2 * plan.block_m + 2 * d + 4)
     return _align(q_bytes, 1024) + plan.stages * (stage_bytes + 16) + 2 * item_bytes + 8 * (2 + 3 * plan.stages)
 
 

@@ -1,0 +1,278 @@
+"""Every kernel for every architecture, compiled and read as machine code. No GPU.
+
+What is checked: no spills, no local memory, no warnings, the MMA instructions that the plan means and no
+others, and the length of the main loop on Ada. `nvdisasm` comes from PyPI (nvidia-cuda-nvdisasm).
+"""
+
+import concurrent.futures
+import functools
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from sagepp import jit, launch
+from sagepp.plan import ARCHITECTURES, make_plan
+
+NATIVE_FP8_MMA = ("sm_89", "sm_120a")
+LOCAL_MEMORY = {"LDL", "STL"}
+#: Names of tensor core instructions: IMMA, HMMA, QMMA, IGMMA, QGMMA.
+MMA = re.compile(r"[A-Z]G?MMA$")
+#: Instructions a score of the main loop of SageAttention's sm_89 kernel, FP16 accumulators, CUDA 13.0.
+SAGEATTENTION_INSTRUCTIONS = {128: 14.7, 64: 10.1}
+
+
+# --- what is compiled --------------------------------------------------------------------------
+
+
+class Variant(NamedTuple):
+    arch: str
+    source: str
+    function: str
+    defines: tuple
+
+    def __str__(self):
+        value = dict(self.defines)
+        kernel = self.source.removesuffix(".cu").removeprefix("attention_")
+        flags = [name for name, define in (
+            ("code", "P_CODE"), ("causal", "CAUSAL"), ("lse", "RETURN_LSE"), ("lse", "WITH_MEAN_DOT"),
+            ("bf16", "OUT_BF16"), ("bf16", "IN_BF16")) if value.get(define)]
+        return "-".join([self.arch, kernel, "f16" if value["V_F16"] else "e4m3", f"d{value['HEAD_DIM']}",
+                         f"n{value['BLOCK_N']}", *flags])
+
+    @property
+    def expected_mma(self) -> set[str]:
+        if self.source == "attention_wgmma.cu":
+            return {"IGMMA", "QGMMA"}
+        native = not dict(self.defines)["V_F16"] and self.arch in NATIVE_FP8_MMA
+        return {"IMMA", "QMMA" if native else "HMMA"}
+
+
+VARIANTS = [Variant(arch, *variant)
+            for arch in ARCHITECTURES for variant in dict.fromkeys(launch.kernel_variants(arch))]
+ATTENTION = [variant for variant in VARIANTS if variant.function == "attention"]
+
+
+@functools.lru_cache(maxsize=None)
+def compilations(arch: str) -> dict:
+    """Variant -> future of its cubin; those of an architecture are compiled side by side."""
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    futures = {
+        variant: pool.submit(jit.compile_cubin, variant.source, arch, variant.defines)
+        for variant in VARIANTS if variant.arch == arch}
+    pool.shutdown(wait=False)
+    return futures
+
+
+@functools.lru_cache(maxsize=None)
+def no_compiler_reason():
+    """Why nothing can be compiled here; None where it can."""
+    try:
+        version = jit.nvrtc_version()
+    except ImportError as error:
+        return str(error)
+    return None if version >= (12, 8) else f"NVRTC {version} does not know FP8 MMA with FP16 accumulators"
+
+
+def compiled(variant: Variant) -> jit.Cubin:
+    if no_compiler_reason():
+        pytest.skip(no_compiler_reason())
+    return compilations(variant.arch)[variant].result()
+
+
+# --- machine code ------------------------------------------------------------------------------
+
+
+class Instruction(NamedTuple):
+    predicate: str  #: "@!P0", or "" where it is always executed
+    opcode: str  #: without its modifiers: "IMMA"
+    modifiers: str  #: ".16832.S8.S8"
+    target: str  #: label of a branch, or ""
+
+
+_SECTION = re.compile(r"\s*\.section\s+([^,\s]+)")
+_LABEL = re.compile(r"([.$][^\s:]+):\s*$")
+_INSTRUCTION = re.compile(
+    r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)(?:\s[^`;]*(?:`\(([^)]+)\))?)?")
+
+
+def parse(listing: str, function: str) -> tuple[list[Instruction], dict[str, int]]:
+    """The instructions of a function in nvdisasm's listing; label -> number of the instruction behind it."""
+    instructions, labels, inside = [], {}, False
+    for line in listing.splitlines():
+        if section := _SECTION.match(line):
+            inside = section[1] == f".text.{function}"
+        elif inside and (label := _LABEL.match(line)):
+            labels[label[1]] = len(instructions)
+        elif inside and (match := _INSTRUCTION.match(line)):
+            predicate, opcode, modifiers, target = match.groups(default="")
+            instructions.append(Instruction(predicate.strip(), opcode, modifiers, target))
+    return instructions, labels
+
+
+@functools.lru_cache(maxsize=None)
+def nvdisasm() -> str | None:
+    """Path of the program: of the wheel, or on PATH."""
+    for folder in (*site.getsitepackages(), *sys.path):
+        for file in sorted(Path(folder).glob("nvidia/*/bin/nvdisasm*")):
+            return str(file)
+    return shutil.which("nvdisasm")
+
+
+@functools.lru_cache(maxsize=None)
+def machine_code(variant: Variant) -> tuple[list[Instruction], dict[str, int]]:
+    cubin = compiled(variant)
+    if nvdisasm() is None:
+        pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
+    done = subprocess.run([nvdisasm(), "-c", str(cubin.path)], capture_output=True, text=True)
+    assert done.returncode == 0, f"nvdisasm cannot read {cubin.path}: {done.stderr}"
+    instructions, labels = parse(done.stdout, variant.function)
+    assert len(instructions) > 500 and any(i.opcode == "EXIT" for i in instructions), \
+        f"no machine code in nvdisasm's listing of {cubin.path}: {done.stdout[:500]}"
+    return instructions, labels
+
+
+# --- loops -------------------------------------------------------------------------------------
+
+
+def shortest_iteration(instructions, labels, first: int, last: int) -> Counter | None:
+    """Opcodes of one pass through the loop from `first` to the backward branch `last`.
+
+    Of the ways from one to the other, along the code and its forward branches, it is the one with the most
+    products of P and V, then the most asynchronous copies, then the fewest instructions: a whole tile, the
+    next one being loaded, and nothing of what happens to some tiles only (a mask, a bound that moves).
+    None if there is no way.
+    """
+    best = {last: ((0, 0, -1), None)}  # instruction -> (score of the rest of the way, next instruction)
+    for i in range(last - 1, first - 1, -1):
+        predicate, opcode, _, target = instructions[i]
+        successors = []
+        if opcode == "BRA":
+            successors.append(labels.get(target, -1))
+        if predicate or opcode not in ("BRA", "EXIT", "RET"):
+            successors.append(i + 1)
+        ways = [(best[j][0], j) for j in successors if i < j <= last and j in best]
+        if ways:
+            (products, copies, length), following = max(ways)
+            best[i] = (products + (opcode == "QMMA"), copies + (opcode == "LDGSTS"), length - 1), following
+    if first not in best:
+        return None
+    opcodes, i = Counter(), first
+    while i is not None:
+        opcodes[instructions[i].opcode] += 1
+        i = best[i][1]
+    return opcodes
+
+
+def main_loop(instructions, labels, products: int) -> Counter:
+    """Opcodes of the main loop, for one tile: the shortest loop with `products` of each kind, or a multiple."""
+    found = []
+    for last, (_, opcode, _, target) in enumerate(instructions):
+        if opcode == "BRA" and labels.get(target, last + 1) <= last:
+            opcodes = shortest_iteration(instructions, labels, labels[target], last)
+            if opcodes and min(opcodes["IMMA"], opcodes["QMMA"]) >= products:
+                tiles = opcodes["IMMA"] // products
+                found.append((opcodes.total() / tiles, opcodes, tiles))
+    assert found, f"no loop with {products} IMMA and {products} QMMA or more"
+    _, opcodes, tiles = min(found, key=lambda item: item[0])
+    return Counter({opcode: count / tiles for opcode, count in opcodes.items()})
+
+
+LISTING = """
+	.section	.text.other,"ax",@progbits
+        /*0000*/                   HMMA.16816.F16 R0, R0, R0, R0 ;
+	.section	.text.attention,"ax",@progbits
+.text.attention:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   IMMA.16832.S8.S8 R4, R4.ROW, R8.COL, R4 ;
+        /*0020*/              @!P1 BRA `(.L_x_2) ;
+        /*0030*/                   FMNMX R1, R2, R3, !PT ;
+        /*0040*/                   FMNMX R1, R2, R3, !PT ;
+.L_x_2:
+        /*0050*/               @P2 BRA `(.L_x_3) ;
+        /*0060*/                   LDGSTS.E.128 [R4], [R6.64] ;
+.L_x_3:
+        /*0070*/         @P4       BRA `(.L_x_1) ;
+        /*0080*/               @P0 BRA `(.L_x_4) ;
+        /*0090*/                   QMMA.16832.F16.E4M3.E4M3 R4, R4, R8, R4 ;
+.L_x_4:
+        /*00a0*/                   UISETP.NE.AND UP0, UPT, UR4, URZ, UPT ;
+        /*00b0*/              @!P0 BRA `(.L_x_1) ;
+        /*00c0*/                   EXIT ;
+.L_x_5:
+        /*00d0*/                   BRA `(.L_x_5);
+"""
+
+
+def test_the_main_loop_of_a_listing():
+    """The mask (FMNMX) and the inner repetition are left out, the load and the product are not."""
+    instructions, labels = parse(LISTING, "attention")
+    assert len(instructions) == 14 and labels[".L_x_1"] == 1
+    assert instructions[1] == ("", "IMMA", ".16832.S8.S8", "") and instructions[2] == ("@!P1", "BRA", "", ".L_x_2")
+    loop = main_loop(instructions, labels, products=1)
+    assert loop == {"IMMA": 1, "BRA": 5, "LDGSTS": 1, "QMMA": 1, "UISETP": 1}
+    with pytest.raises(AssertionError, match="no loop with 2"):
+        main_loop(instructions, labels, products=2)
+
+
+# --- the kernels -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_ptxas_has_nothing_to_say(variant):
+    """Neither a warning nor a note of the C75xx family, a `wgmma` that had to be serialised."""
+    assert compiled(variant).warnings == ()
+
+
+@pytest.mark.parametrize("variant", ATTENTION, ids=str)
+def test_an_attention_kernel_does_not_spill(variant):
+    used = compiled(variant).resources["attention"]
+    assert (used.spill_stores, used.spill_loads, used.stack) == (0, 0, 0), used
+
+
+@pytest.mark.parametrize("variant", ATTENTION, ids=str)
+def test_an_attention_kernel_has_the_machine_code_that_its_plan_means(variant):
+    instructions, _ = machine_code(variant)
+    used = {i.opcode for i in instructions if MMA.match(i.opcode)}
+    assert used == variant.expected_mma
+    wide = {i.opcode + i.modifiers for i in instructions
+            if i.opcode in ("HMMA", "QMMA", "QGMMA") and ".F32" in i.modifiers}
+    assert not wide, f"accumulators of P V that are not FP16: {wide}"
+    assert not LOCAL_MEMORY & {i.opcode for i in instructions}
+
+
+@pytest.mark.parametrize("head_dim", SAGEATTENTION_INSTRUCTIONS)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_the_main_loop_on_ada_is_shorter_than_that_of_sageattention(head_dim, is_causal):
+    plan = make_plan("sm_89", head_dim, "mma")
+    variant = Variant(plan.arch, launch.attention_source(plan), "attention",
+                      launch.attention_defines(plan, is_causal=is_causal))
+    rows = plan.block_m // plan.num_warps
+    products = rows * plan.block_n * head_dim // (16 * 8 * 32)  # of m16n8k32, for Q K^T and again for P V
+    loop = main_loop(*machine_code(variant), products)
+    a_score = loop.total() / (rows * plan.block_n / 32)
+    print(  # shown by pytest -rP
+        f"d={head_dim}: {a_score:.2f} instructions a score, {loop.total():.0f} a tile: "
+          + ", ".join(f"{opcode} {count:.0f}" for opcode, count in loop.most_common()))
+    assert loop["QMMA"] >= products
+    assert a_score < SAGEATTENTION_INSTRUCTIONS[head_dim], loop
+
+
+@pytest.mark.parametrize("head_dim", SAGEATTENTION_INSTRUCTIONS)
+def test_two_ctas_share_an_sm_on_ada(head_dim):
+    """65536 registers, given out by 8 a thread; 100 KiB of shared memory, of which a CTA takes 1 for itself."""
+    plan = make_plan("sm_89", head_dim, "mma")
+    for variant in ATTENTION:
+        if variant.arch == "sm_89" and {("HEAD_DIM", head_dim), ("V_F16", 0)} <= set(variant.defines):
+            used = compiled(variant).resources["attention"]
+            registers = -(-used.registers // 8) * 8 * 32 * plan.num_warps
+            shared = launch.attention_shared_bytes(plan) + used.shared + 1024
+            assert 2 * registers <= 65536 and 2 * shared <= 100 * 1024, (str(variant), registers, shared)

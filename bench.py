@@ -281,7 +281,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _tflops(case: Case, run, timings) -> dict[str, float]:
-    return {timing.__name__: round(flop(case.shape, case.is_causal) / timing(run) / 1e12, 1) for timing in timings}
+    work = flop(case.shape, case.is_causal) / 1e12
+    return {timing.__name__: float(f"{work / timing(run):.5g}") for timing in timings}
 
 
 def measure_kernel(case: Case, kernel: str, host, qkv, timings) -> dict:

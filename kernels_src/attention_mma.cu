@@ -6,7 +6,7 @@
 // which leaves the registers for two CTAs an SM at head_dim 128. The bound rarely moves; where it does,
 // Q K^T is computed again.
 //
-// Grid (row blocks, query heads, batch), block NUM_WARPS * 32, SHARED_BYTES of dynamic shared memory.
+// Grid (row blocks, query heads, batch), block NUM_WARPS * 32, DYNAMIC_SHARED_BYTES of dynamic shared memory.
 
 #include "ptx.cuh"
 #include "softmax.cuh"
@@ -23,7 +23,7 @@ constexpr int V_CHUNKS = BLOCK_N * (V_F16 ? 2 : 1) / 16;  // of 16 bytes, of one
 constexpr int PV_STEPS = V_CHUNKS / 2;
 constexpr int BLOCKS_PER_WORD = P_PER_WORD / 2;  // of S, in a word of P
 constexpr int WORDS = 2 * PV_STEPS;              // of P, a row and thread
-constexpr int MIN_CTAS = HEAD_DIM == 64 ? 3 : 2;
+constexpr int MIN_CTAS = HEAD_DIM == 64 && !V_F16 ? 3 : 2;
 constexpr unsigned ROW_SUM_COLUMN = V_F16 ? 0x3C003C00u : 0x38383838u;  // of ones
 
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "one swizzled panel of Q and K");
@@ -45,8 +45,8 @@ struct SharedMemory {
     Stage stages[STAGES];
     RowState rows[BLOCK_M];  // here, because registers are short and the bound rarely moves
 };
-constexpr int SHARED_BYTES = sizeof(SharedMemory);
-static_assert(SHARED_BYTES >= BLOCK_M * HEAD_DIM * 2, "the output is staged here in the end");
+static_assert(sizeof(SharedMemory) == DYNAMIC_SHARED_BYTES, "sagepp/launch.py counts the same");
+static_assert(sizeof(SharedMemory) >= BLOCK_M * HEAD_DIM * 2, "the output is staged here in the end");
 
 struct Problem {
     int num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset;
@@ -86,12 +86,14 @@ __device__ __forceinline__ unsigned row_swizzle(int row) {
     return HEAD_DIM == 64 ? (row >> 1 & 3) << 4 : (row & 7) << 4;
 }
 
+// A warp copies a contiguous part, so that its addresses are one register and small offsets.
 template <int BYTES> __device__ __forceinline__ void copy_to_shared(unsigned destination, const void* source) {
     static_assert(BYTES % (16 * THREADS) == 0, "every thread copies as much");
-    unsigned to = opaque(destination + threadIdx.x * 16);
-    const char* from = opaque(static_cast<const char*>(source) + threadIdx.x * 16);
+    unsigned thread = opaque(threadIdx.x), mine = thread / 32 * (BYTES / NUM_WARPS) + thread % 32 * 16;
+    unsigned to = opaque(destination + mine);
+    const char* from = opaque(static_cast<const char*>(source) + mine);
 #pragma unroll
-    for (int i = 0; i < BYTES; i += 16 * THREADS) cp_async_16(to + i, from + i);
+    for (int i = 0; i < BYTES / NUM_WARPS; i += 512) cp_async_16(to + i, from + i);
 }
 
 // Starts the copy of a tile of K and V, counted over all KV heads, to its stage.
@@ -176,8 +178,8 @@ struct State {
     // to the new bound.
     __device__ void move_bounds(const unsigned (&moves)[ROWS], const Operands& tile, float k_scale,
                                 const int (&visible)[ROWS]) {
-        constexpr int COUNT = 2;  // few: this runs rarely, and registers are short
-        int largest[ROWS] = {};   // below every score as it arrives
+        constexpr int COUNT = 4;
+        int largest[ROWS] = {};  // below every score as it arrives
 #pragma unroll 1
         for (int block = 0; block < KEY_BLOCKS; block += COUNT) {
             unsigned s[M_TILES][COUNT][4];

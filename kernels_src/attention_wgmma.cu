@@ -45,7 +45,7 @@ constexpr int BARRIER_OFFSET = ITEM_OFFSET + 2 * sizeof(ItemScales);
 // Barriers, 8 bytes each.
 enum Barrier { Q_FULL, Q_EMPTY, K_FULL, V_FULL = K_FULL + STAGES, EMPTY = V_FULL + STAGES,
                NUM_BARRIERS = EMPTY + STAGES };
-constexpr int SHARED_BYTES = BARRIER_OFFSET + NUM_BARRIERS * 8;
+static_assert(BARRIER_OFFSET + NUM_BARRIERS * 8 == DYNAMIC_SHARED_BYTES, "sagepp/launch.py counts the same");
 
 __device__ __forceinline__ unsigned barrier(unsigned shared, int which) { return shared + BARRIER_OFFSET + 8 * which; }
 

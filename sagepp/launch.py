@@ -81,7 +81,7 @@ def attention_defines(plan: Plan, *, bfloat16=False, is_causal=False, return_lse
         ("AIM", plan.aim), ("PROMOTE_EVERY", plan.promote_every), ("ROW_SUM_ROWS", _row_sum_rows(plan)),
         ("ROW_SUM_UNIT", _float_literal(plan.row_sum_unit)), ("OUT_BF16", int(bfloat16)),
         ("CAUSAL", int(is_causal)), ("RETURN_LSE", int(return_lse)), ("NUM_WARPS", plan.num_warps),
-        ("STAGES", plan.stages))
+        ("STAGES", plan.stages), ("DYNAMIC_SHARED_BYTES", attention_shared_bytes(plan)))
 
 
 def attention_source(plan: Plan) -> str:
@@ -95,7 +95,7 @@ def attention_shared_bytes(plan: Plan) -> int:
     q_bytes, k_bytes = plan.block_m * d, plan.block_n * d
     v_bytes = plan.block_n * (d + _row_sum_rows(plan)) * (2 if plan.v_dtype == "f16" else 1)
     if plan.kernel == "mma":
-        return q_bytes + plan.stages * (k_bytes + v_bytes + 16)
+        return q_bytes + plan.stages * (k_bytes + v_bytes) + 8 * plan.block_m
     stage_bytes = _align(k_bytes + v_bytes, 1024)
     item_bytes = 4 * (2 * plan.block_m + 2 * d + 4)
     return _align(q_bytes, 1024) + plan.stages * (stage_bytes + 16) + 2 * item_bytes + 8 * (2 + 3 * plan.stages)

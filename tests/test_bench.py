@@ -147,8 +147,10 @@ def test_kernels_and_peers_are_measured_alike(bench, gpu, capsys, tmp_path):
     rows = json.loads(file.read_text())["rows"]
     assert [row["name"] for row in rows] == ["mma", "mma_fp16", "16-bit", "8-bit"] * 2
     assert [row["default"] for row in rows[:4]] == [True, False, False, False]
-    tflops = round(bench.flop((1, 2, 64, 64), False) / 1e-3 / 1e12, 1)
-    assert rows[0]["kernel"] == rows[2]["kernel"] == {"burst": tflops, "sustained": tflops}
+    assert rows[0]["kernel"].keys() == {"burst", "sustained"}
+    tflops = bench.flop((1, 2, 64, 64), False) / 1e-3 / 1e12
+    # the stand-in's clock shows a millisecond, however many launches were timed: 3 of them in a burst
+    assert rows[0]["kernel"]["burst"] == rows[2]["kernel"]["burst"] == pytest.approx(3 * tflops, rel=1e-4)
     assert rows[2]["whole call"] and not rows[3]["whole call"] and rows[0]["host us"] > 0
     assert rows[2]["relative_l1"] < 1e-3 < rows[0]["relative_l1"] and rows[0]["wrong"] is None
 

@@ -156,8 +156,9 @@ struct State {
     float o[M_TILES][CHANNEL_BLOCKS][4] = {};  // channel 8i + 2t, + 1 of rows 2m, 2m + 1
 
     __device__ void form_weights(Weights& p, const Operands& tile, float k_scale) const {
-        RowMap map[ROWS] = {
-            {rows[0], k_scale}, {rows[8], k_scale}, {rows[16], k_scale}, {rows[24], k_scale}};
+        RowMap map[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) map[r] = RowMap(rows[8 * r], k_scale);
 #pragma unroll
         for (int block = 0; block < KEY_BLOCKS; block += KEY_BLOCKS_AT_ONCE) {
             unsigned s[M_TILES][KEY_BLOCKS_AT_ONCE][4];
@@ -261,10 +262,14 @@ struct State {
     __device__ void step(const Operands& tile, float k_scale, bool first, bool masked, int head_dim,
                          const Visible& visible) {
         Weights p;
-        unsigned moves[ROWS] = {1, 1, 1, 1};
+        unsigned moves[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) moves[r] = 1;
         for (bool again = first;; again = true) {
             if (again) {
-                const int count[ROWS] = {visible(0), visible(1), visible(2), visible(3)};
+                int count[ROWS];
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) count[r] = visible(r);
                 move_bounds(moves, tile, k_scale, count);
             }
             form_weights(p, tile, k_scale);
@@ -275,7 +280,9 @@ struct State {
                     for (int w = 0; w < WORDS; ++w) p.word(r, w) = mask_p(p.word(r, w), visible(r) - w * P_PER_WORD);
             }
             if (again) break;
-            unsigned any = p.flags(0) | p.flags(1) | p.flags(2) | p.flags(3);
+            unsigned any = 0;
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) any |= p.flags(r);
             if (!__any_sync(FULL_MASK, any)) break;
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) moves[r] = quad_or(p.flags(r));

@@ -40,6 +40,7 @@ __device__ __forceinline__ float score_factor(float row_scale, float k_scale) {
 struct RowMap {
     float a, b;
 
+    RowMap() = default;
     __device__ RowMap(const RowState& row, float k_scale) : a(score_factor(row.scale, k_scale)) {
         if (P_CODE) {
             const float UNIT = __int_as_float(1);  // 2**-149: a denormal is an integer in this unit

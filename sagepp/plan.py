@@ -40,7 +40,7 @@ class Plan:
     @property
     def aim(self) -> int:
         """log2 of P at the bound."""
-        return 4 if self.v_dtype == "e4m3" else 0
+        return 4 if self.v_dtype == "e4m3" else -4
 
     @property
     def mma_behaviour(self) -> tuple[str, str, str, str]:

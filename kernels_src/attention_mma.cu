@@ -1,8 +1,8 @@
 // Attention by mma.sync, ldmatrix and cp.async: docs/numerics.md, steps 4 to 8, on every GPU since sm_80.
 //
-// A CTA of 4 warps owns 128 query rows of one head and walks over the tiles of 64 keys, which cp.async
-// brings in STAGES - 1 tiles ahead. A warp owns 32 rows, two MMA tiles, so that it uses every fragment of
-// K and V twice. S never exists as a whole: it is formed 32 keys at a time and turned into P at once,
+// A CTA of 4 (or 8) warps owns 128 query rows of one head and walks over the tiles of 64 keys, which cp.async
+// brings in STAGES - 1 tiles ahead. A warp owns 32 (or 16) rows: with two MMA tiles
+// it uses every fragment of K and V twice. S never exists as a whole: it is formed 32 keys at a time and turned into P at once,
 // which leaves the registers for two CTAs an SM at head_dim 128. The bound rarely moves; where it does,
 // Q K^T is computed again.
 //
@@ -23,7 +23,7 @@ constexpr int V_CHUNKS = BLOCK_N * (V_F16 ? 2 : 1) / 16;  // of 16 bytes, of one
 constexpr int PV_STEPS = V_CHUNKS / 2;
 constexpr int BLOCKS_PER_WORD = P_PER_WORD / 2;  // of S, in a word of P
 constexpr int WORDS = 2 * PV_STEPS;              // of P, a row and thread
-constexpr int MIN_CTAS = HEAD_DIM == 64 && !V_F16 ? 3 : 2;
+constexpr int MIN_CTAS = NUM_WARPS == 8 ? 1 : HEAD_DIM == 64 && !V_F16 ? 3 : 2;
 constexpr unsigned ROW_SUM_COLUMN = V_F16 ? 0x3C003C00u : 0x38383838u;  // of ones
 
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "one swizzled panel of Q and K");

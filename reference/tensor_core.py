@@ -214,6 +214,8 @@ def _fused_sum(a, b, c, rule):
     if rule.accumulator == "f32":
         total = _truncate(total, rule.result_bits)
     result = _round(total, rule.accumulator)
+    if rule.accumulator == "f16":
+        result += np.float32(0)  # what rounds to zero is +0, a negative sum too
     return _with_specials(result, a, b, c)
 
 

@@ -1,10 +1,10 @@
 // Attention by mma.sync, ldmatrix and cp.async: docs/numerics.md, steps 4 to 8, on every GPU since sm_80.
 //
-// A CTA of 4 (or 8) warps owns 128 query rows of one head and walks over the tiles of 64 keys, which cp.async
-// brings in STAGES - 1 tiles ahead. A warp owns 32 (or 16) rows: with two MMA tiles
-// it uses every fragment of K and V twice. S never exists as a whole: it is formed 32 keys at a time and turned into P at once,
-// which leaves the registers for two CTAs an SM at head_dim 128. The bound rarely moves; where it does,
-// Q K^T is computed again.
+// A CTA of 4 warps owns 128 query rows of one head and walks over the tiles of 64 keys, which cp.async
+// brings in STAGES - 1 tiles ahead. A warp owns 32 rows, two MMA tiles, so that it uses every fragment of K
+// and V twice (with 8 warps: 16 rows, once). S never exists as a whole: it is formed a few keys at a time and
+// turned into P at once, which leaves the registers for two CTAs an SM at head_dim 128. The bound rarely
+// moves; where it does, Q K^T is computed again.
 //
 // Grid (row blocks, query heads, batch), block NUM_WARPS * 32, DYNAMIC_SHARED_BYTES of dynamic shared memory.
 
@@ -15,9 +15,10 @@ constexpr int THREADS = NUM_WARPS * 32;
 constexpr int M_TILES = BLOCK_M / NUM_WARPS / 16;  // of 16 rows, a warp
 constexpr int ROWS = 2 * M_TILES;                  // a thread's: 2m + r is row 16m + 8r + g of the warp
 constexpr int KEY_BLOCKS = BLOCK_N / 8;            // columns of S that an MMA makes
-constexpr int KEY_BLOCKS_AT_ONCE = 4;
+constexpr int KEY_BLOCKS_AT_ONCE = HEAD_DIM == 64 && !V_F16 ? 2 : 4;
 constexpr int CHANNEL_BLOCKS = HEAD_DIM / 8;
 constexpr int CHANNEL_BLOCKS_AT_ONCE = 2;
+constexpr int CHANNEL_GROUPS = CHANNEL_BLOCKS / CHANNEL_BLOCKS_AT_ONCE;
 constexpr int QK_STEPS = HEAD_DIM / 32;
 constexpr int V_CHUNKS = BLOCK_N * (V_F16 ? 2 : 1) / 16;  // of 16 bytes, of one channel in a tile
 constexpr int PV_STEPS = V_CHUNKS / 2;
@@ -46,7 +47,8 @@ struct SharedMemory {
     RowState rows[BLOCK_M];  // here, because registers are short and the bound rarely moves
 };
 static_assert(sizeof(SharedMemory) == DYNAMIC_SHARED_BYTES, "sagepp/launch.py counts the same");
-static_assert(sizeof(SharedMemory) >= BLOCK_M * HEAD_DIM * 2, "the output is staged here in the end");
+static_assert(sizeof(SharedMemory::q) + sizeof(SharedMemory::stages) >= BLOCK_M * HEAD_DIM * 2,
+              "the output is staged there in the end, before `rows`");
 
 struct Problem {
     int num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset;
@@ -105,9 +107,34 @@ __device__ __forceinline__ void load_tile(unsigned stage, const signed char* k_c
 
 // ---- one tile ----------------------------------------------------------------------------------
 
+// V of a group of channels and a tile: B fragments, chunk c of channel block i in word[i][c].
+struct Fragments {
+    unsigned word[CHANNEL_BLOCKS_AT_ONCE][V_CHUNKS];
+};
+
+// A branch that is never taken, as `never` is at most 0 and `positive` is not: the compiler schedules what
+// stands before it and after it separately, where it would otherwise compute all scores first and only
+// then, with the tensor cores idle, P. Every fence needs another value of `never`.
+__device__ __forceinline__ void scheduling_fence(int never, int positive) {
+    if (opaque(never) >= positive) __trap();
+}
+
 // Where a lane's rows of the operands lie in shared memory, for ldmatrix.
 struct Operands {
     unsigned q, k, v;  // k and v: of the current stage
+
+    __device__ void load_v(Fragments& to, int group) const {
+#pragma unroll
+        for (int i = 0; i < CHANNEL_BLOCKS_AT_ONCE; ++i)
+#pragma unroll
+            for (int chunk = 0; chunk < V_CHUNKS; chunk += 4) {
+                int channel = (group * CHANNEL_BLOCKS_AT_ONCE + i) * 8;
+                unsigned m[4];
+                ldmatrix_x4(m, v + (chunk * HEAD_DIM + channel) * 16);
+#pragma unroll
+                for (int c = 0; c < 4; ++c) to.word[i][chunk + c] = m[c];
+            }
+    }
 
     // S of COUNT * 8 columns, from column 8 * block on.
     template <int COUNT> __device__ void scores(unsigned (&s)[M_TILES][COUNT][4], int block) const {
@@ -155,22 +182,26 @@ struct State {
     float l[ROWS] = {};
     float o[M_TILES][CHANNEL_BLOCKS][4] = {};  // channel 8i + 2t, + 1 of rows 2m, 2m + 1
 
-    __device__ void form_weights(Weights& p, const Operands& tile, float k_scale) const {
+    // Part by part: the scores of the next one are computed while P of this one is formed.
+    __device__ void form_weights(Weights& p, const Operands& tile, float k_scale, int head_dim) const {
+        constexpr int PARTS = KEY_BLOCKS / KEY_BLOCKS_AT_ONCE;
         RowMap map[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) map[r] = RowMap(rows[8 * r], k_scale);
+        unsigned s[2][M_TILES][KEY_BLOCKS_AT_ONCE][4];
+        tile.scores(s[0], 0);
 #pragma unroll
-        for (int block = 0; block < KEY_BLOCKS; block += KEY_BLOCKS_AT_ONCE) {
-            unsigned s[M_TILES][KEY_BLOCKS_AT_ONCE][4];
-            tile.scores(s, block);
+        for (int part = 0; part < PARTS; ++part) {
+            scheduling_fence(-part, head_dim);
+            if (part + 1 < PARTS) tile.scores(s[(part + 1) % 2], (part + 1) * KEY_BLOCKS_AT_ONCE);
 #pragma unroll
             for (int i = 0; i < KEY_BLOCKS_AT_ONCE; i += BLOCKS_PER_WORD)
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r) {
                     unsigned score[P_PER_WORD];
 #pragma unroll
-                    for (int e = 0; e < P_PER_WORD; ++e) score[e] = s[r / 2][i + e / 2][r % 2 * 2 + e % 2];
-                    p.word(r, (block + i) / BLOCKS_PER_WORD) = form_p(map[r], score);
+                    for (int e = 0; e < P_PER_WORD; ++e) score[e] = s[part % 2][r / 2][i + e / 2][r % 2 * 2 + e % 2];
+                    p.word(r, (part * KEY_BLOCKS_AT_ONCE + i) / BLOCKS_PER_WORD) = form_p(map[r], score);
                 }
         }
     }
@@ -217,39 +248,65 @@ struct State {
 
     // O = O + T and l = l + l_T, with T = P V of this tile alone.
     __device__ void add_product(const Weights& p, const Operands& tile, int head_dim) {
-#pragma unroll
-        for (int i = 0; i < CHANNEL_BLOCKS; ++i) {
-            // Padding is left out; and the branches keep the compiler from having more products in flight
-            // than there are registers.
-            if (i % CHANNEL_BLOCKS_AT_ONCE == 0 && i > 0 && i * 8 >= head_dim) break;
-            unsigned t[M_TILES][2] = {};
-#pragma unroll
-            for (int chunk = 0; chunk < V_CHUNKS; chunk += 4) {
-                unsigned v[4];
-                ldmatrix_x4(v, tile.v + (chunk * HEAD_DIM + i * 8) * 16);
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-#pragma unroll
-                    for (int m = 0; m < M_TILES; ++m)
-                        multiply(t[m], p.fragment[m][chunk / 2 + half], v[2 * half], v[2 * half + 1]);
-            }
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r) {
-                float* o_pair = &o[r / 2][i][r % 2 * 2];
-                o_pair[0] = __fadd_rn(o_pair[0], low_half(t[r / 2][r % 2]));
-                o_pair[1] = __fadd_rn(o_pair[1], high_half(t[r / 2][r % 2]));
-            }
-        }
+        Fragments v[2];
+        unsigned t[2][CHANNEL_BLOCKS_AT_ONCE][M_TILES][2];
+        tile.load_v(v[0], 0);
+        tile.load_v(v[1], 1);
+        multiply(t[0], p, v[0]);
+        add_groups<0>(t, v, p, tile, head_dim);
         unsigned sum[M_TILES][2] = {};
 #pragma unroll
         for (int step = 0; step < PV_STEPS; ++step)
 #pragma unroll
-            for (int m = 0; m < M_TILES; ++m) multiply(sum[m], p.fragment[m][step], ROW_SUM_COLUMN, ROW_SUM_COLUMN);
+            for (int m = 0; m < M_TILES; ++m) mma_pv(sum[m], p.fragment[m][step], ROW_SUM_COLUMN, ROW_SUM_COLUMN);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) l[r] = __fadd_rn(l[r], low_half(sum[r / 2][r % 2]));
     }
 
-    __device__ static void multiply(unsigned (&t)[2], const unsigned (&p)[4], unsigned b0, unsigned b1) {
+    // Adds GROUP's channels, in t[GROUP % 2], while the products of the next group run, and so on to the last;
+    // padding is left out. (The branch also keeps the compiler from having more groups in flight than there
+    // are registers.)
+    template <int GROUP>
+    __device__ void add_groups(unsigned (&t)[2][CHANNEL_BLOCKS_AT_ONCE][M_TILES][2], Fragments (&v)[2],
+                               const Weights& p, const Operands& tile, int head_dim) {
+        constexpr int NEXT = GROUP + 1, THIS_SLOT = GROUP % 2, NEXT_SLOT = NEXT % 2;
+        if constexpr (NEXT < CHANNEL_GROUPS) {
+            if (NEXT * CHANNEL_BLOCKS_AT_ONCE * 8 < head_dim) {
+                if (NEXT + 1 < CHANNEL_GROUPS) tile.load_v(v[THIS_SLOT], NEXT + 1);
+                multiply(t[NEXT_SLOT], p, v[NEXT_SLOT]);
+                add_group(t[THIS_SLOT], GROUP);
+                add_groups<NEXT>(t, v, p, tile, head_dim);
+                return;
+            }
+        }
+        add_group(t[THIS_SLOT], GROUP);
+    }
+
+    __device__ void add_group(const unsigned (&t)[CHANNEL_BLOCKS_AT_ONCE][M_TILES][2], int group) {
+#pragma unroll
+        for (int i = 0; i < CHANNEL_BLOCKS_AT_ONCE; ++i)
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) {
+                float* o_pair = &o[r / 2][group * CHANNEL_BLOCKS_AT_ONCE + i][r % 2 * 2];
+                o_pair[0] = __fadd_rn(o_pair[0], low_half(t[i][r / 2][r % 2]));
+                o_pair[1] = __fadd_rn(o_pair[1], high_half(t[i][r / 2][r % 2]));
+            }
+    }
+
+    __device__ static void multiply(unsigned (&t)[CHANNEL_BLOCKS_AT_ONCE][M_TILES][2], const Weights& p,
+                                    const Fragments& v) {
+#pragma unroll
+        for (int step = 0; step < PV_STEPS; ++step)
+#pragma unroll
+            for (int i = 0; i < CHANNEL_BLOCKS_AT_ONCE; ++i)
+#pragma unroll
+                for (int m = 0; m < M_TILES; ++m) {
+                    if (step == 0) t[i][m][0] = t[i][m][1] = 0;
+                    mma_pv(t[i][m], p.fragment[m][step], v.word[i][2 * step], v.word[i][2 * step + 1]);
+                }
+    }
+
+    __device__ static void mma_pv(unsigned (&t)[2], const unsigned (&p)[4], unsigned b0, unsigned b1) {
 #if V_F16  // not `if constexpr`: sm_80 cannot even assemble the other one
         mma_f16(t, p, b0, b1);
 #else
@@ -272,7 +329,7 @@ struct State {
                 for (int r = 0; r < ROWS; ++r) count[r] = visible(r);
                 move_bounds(moves, tile, k_scale, count);
             }
-            form_weights(p, tile, k_scale);
+            form_weights(p, tile, k_scale, head_dim);
             if (masked) {
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r)
@@ -312,7 +369,8 @@ __device__ __forceinline__ void add_tiles(State& state, SharedMemory& memory, un
     copy_to_shared<Q_BYTES>(shared, q_codes + item.q_tile * static_cast<long long>(Q_BYTES));
     for (int tile = 0; tile < STAGES - 1; ++tile) load(tile);
     for (int i = threadIdx.x; i < BLOCK_M; i += THREADS) {
-        float scale = item.first_row + i < problem.seq_q ? q_scale[item.q_tile * static_cast<long long>(BLOCK_M) + i] : 0.0f;
+        long long row = item.q_tile * static_cast<long long>(BLOCK_M) + i;
+        float scale = item.first_row + i < problem.seq_q ? q_scale[row] : 0.0f;
         memory.rows[i] = {limited_row_scale(scale, k_scale_max[item.kv_head]), minus_infinity()};
     }
 
@@ -412,11 +470,6 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
     const WorkItem item(problem);
     const int row = item.warp_row() + lane / 4, end = problem.visible_end(item.first_row);
     const int full_tiles = end == seq_kv ? problem.num_key_tiles() : max(end, 0) / BLOCK_N;
-    const Output out{static_cast<unsigned short*>(o) + blockIdx.z * o_stride_b + blockIdx.y * o_stride_h,
-                     o_stride_s, head_dim, seq_q};
-    write_output(state, out, dynamic_shared + warp * M_TILES * 16 * HEAD_DIM * 2, item.warp_row(),
-                 v_scale + item.kv_head * static_cast<long long>(HEAD_DIM),
-                 v_offset + (item.kv_head * (problem.num_key_tiles() + 1LL) + full_tiles) * HEAD_DIM);
     if (RETURN_LSE && lane % 4 == 0) {
         const float* mean_dot = q_mean_dot + item.q_tile * static_cast<long long>(BLOCK_M) - item.first_row;
 #pragma unroll
@@ -425,4 +478,9 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
                 lse[static_cast<long long>(item.head) * seq_q + row + 8 * r] =
                     row_lse(state.rows[8 * r].bound, state.l[r], sm_scale, mean_dot[row + 8 * r]);
     }
+    const Output out{static_cast<unsigned short*>(o) + blockIdx.z * o_stride_b + blockIdx.y * o_stride_h,
+                     o_stride_s, head_dim, seq_q};
+    write_output(state, out, dynamic_shared + warp * M_TILES * 16 * HEAD_DIM * 2, item.warp_row(),
+                 v_scale + item.kv_head * static_cast<long long>(HEAD_DIM),
+                 v_offset + (item.kv_head * (problem.num_key_tiles() + 1LL) + full_tiles) * HEAD_DIM);
 }

@@ -2,7 +2,10 @@
 //
 // A persistent CTA of one producer warpgroup, which fills a ring of K and V tiles by bulk copies, and
 // NUM_WARPGROUPS consumer warpgroups of 64 query rows each. A consumer issues Q K^T of tile j together
-// with P V of tile j - 1 and forms P of tile j while P V runs.
+// with P V of tile j - 1. Two warpgroups have the registers to form P of tile j while P V runs; three wait
+// for both products, and leave the tensor cores to each other meanwhile.
+//
+// Grid at most one CTA an SM, block 128 (NUM_WARPGROUPS + 1), DYNAMIC_SHARED_BYTES of dynamic shared memory.
 
 #include "softmax.cuh"
 #include "wgmma.cuh"
@@ -47,7 +50,9 @@ enum Barrier { Q_FULL, Q_EMPTY, K_FULL, V_FULL = K_FULL + STAGES, EMPTY = V_FULL
                NUM_BARRIERS = EMPTY + STAGES };
 static_assert(BARRIER_OFFSET + NUM_BARRIERS * 8 == DYNAMIC_SHARED_BYTES, "sagepp/launch.py counts the same");
 
-__device__ __forceinline__ unsigned barrier(unsigned shared, int which) { return shared + BARRIER_OFFSET + 8 * which; }
+__device__ __forceinline__ unsigned barrier(unsigned shared, int which) {
+    return shared + BARRIER_OFFSET + 8 * which;
+}
 
 struct Problem {
     int num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset;
@@ -168,7 +173,8 @@ __device__ __forceinline__ unsigned row_flags(const unsigned (&p)[2 * WORDS], in
     return (flags[0] | flags[1] | flags[2] | flags[3]) & LIMIT_BITS;
 }
 
-// P of a tile, and flags of the rows that reached the limit. `visible[r]` keys of the thread's group are visible to row r; only a masked tile has others.
+// P of a tile, and flags of the rows that reached the limit. `visible[r]` keys of the thread's group are
+// visible to row r; only a masked tile has others.
 __device__ __forceinline__ void form_tile(unsigned (&p)[2 * WORDS], const unsigned (&s)[8 * WORDS],
                                           const Row (&row)[2], float k_scale, const int (&visible)[2],
                                           bool masked, unsigned (&flags)[2]) {
@@ -230,7 +236,8 @@ __device__ __forceinline__ int visible_keys(const Problem& problem, int row, int
     return end - tile * BLOCK_N - group * (BLOCK_N / 4);
 }
 
-// q, k, v: low words of the descriptors of the warpgroup's Q, of the tile's K and V.
+// q, k, v: low words of the descriptors of the warpgroup's Q and of the tile's K and V. `s` holds finite
+// numbers, read as FP32: the scores of the tile before, or zeros.
 __device__ __forceinline__ void issue_qk(unsigned (&s)[BLOCK_N / 2], unsigned q, unsigned k) {
     constexpr unsigned HIGH = descriptor_high(8 * ROW_BYTES, LAYOUT_QK);
 #pragma unroll
@@ -296,7 +303,8 @@ __device__ __forceinline__ void write_row(const Output& out, unsigned short* des
         int column = 8 * i + threadIdx.x % 4 * 2;
         float2 scale = *reinterpret_cast<const float2*>(scales.v_scale + column);
         float2 offset = *reinterpret_cast<const float2*>(scales.v_offset + column);
-        unsigned pair = row.l == 0.0f ? 0u : output_pair(o[4 * i + 2 * r], o[4 * i + 2 * r + 1], reciprocal, scale, offset);
+        unsigned pair = row.l == 0.0f ? 0u  // sees no key
+            : output_pair(o[4 * i + 2 * r], o[4 * i + 2 * r + 1], reciprocal, scale, offset);
         if (out.pairs()) {
             if (column < out.head_dim) *reinterpret_cast<unsigned*>(destination + column) = pair;
         } else {
@@ -315,7 +323,7 @@ struct Consumer {
     Row row[2];
     unsigned s[BLOCK_N / 2];     // S: integer scores as they arrive (step 6)
     unsigned p[2 * WORDS];       // P: E4M3 codes, the A fragments of P V
-    unsigned t[V_ROWS / 4];      // T = P V of one tile, FP16 pairs; the last group is the row sum
+    unsigned t[V_ROWS / 4];      // T of a promotion interval, FP16 pairs; the last group is the row sum
     float o[HEAD_DIM / 2];       // O
 
     __device__ unsigned stage_address(RingPosition at) const { return shared + at.stage * STAGE_BYTES; }
@@ -365,7 +373,7 @@ struct Consumer {
         promote(o, row[1], t, 1);
     }
 
-    // Tile j: Q K^T and P V of tile j - 1, then P of tile j while the other warpgroup has the tensor cores.
+    // Q K^T of `tile` and P V of the one before, then P of `tile`.
     __device__ void step(const WorkItem& item, int tile) {
         RingPosition last = ring;
         ring.advance();
@@ -408,7 +416,8 @@ struct Consumer {
     }
 };
 
-__device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_scales, const Output& out, const Problem& problem, int heads, float sm_scale) {
+__device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_scales, const Output& out,
+                                        const Problem& problem, int heads, float sm_scale) {
     int warpgroup = __shfl_sync(FULL_MASK, threadIdx.x / 128, 0) - 1, lane = threadIdx.x % 32;
     int row_in_block = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
     int num_items = heads * problem.num_row_blocks();
@@ -420,7 +429,8 @@ __device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_
         mbarrier_wait(barrier(shared, Q_FULL), n & 1);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            consumer.row[r] = Row{{limited_row_scale(scales.q_scale[row_in_block + 8 * r], scales.k_scale_max[0]), minus_infinity()}, 0.0f};
+            float q_scale = scales.q_scale[row_in_block + 8 * r];
+            consumer.row[r] = Row{{limited_row_scale(q_scale, scales.k_scale_max[0]), minus_infinity()}, 0.0f};
         }
         consumer.attend(item);
 

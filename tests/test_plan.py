@@ -65,6 +65,16 @@ def test_ranges_cannot_overflow_an_fp16_accumulator(plan):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=strategies.plan_id)
+def test_the_worst_case_is_never_rounded(plan):
+    """w(k) of docs/numerics.md, "No partial sum overflows": an FP16 number wherever a sum is rounded."""
+    terms = tensor_core.behaviour(*plan.mma_behaviour).terms
+    keys = np.arange(terms, plan.block_n * plan.promote_every + 1, terms)
+    for value in (plan.v_max, plan.row_sum_unit):
+        worst = keys * P_MAX[plan.v_dtype] * value
+        np.testing.assert_array_equal(worst.astype(np.float16), worst)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=strategies.plan_id)
 def test_the_tensor_core_of_a_plan_is_known(plan):
     assert tensor_core.behaviour(*plan.mma_behaviour).accumulator == "f16"
 

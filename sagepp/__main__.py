@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -20,6 +21,13 @@ MAX_RELATIVE_L1 = 0.05
 MIN_COSINE = 0.998
 
 
+#: Modules with a command line of their own.
+REPORTS = {
+    "accuracy": "errors against float64 over inputs that stress attention",
+    "paper": "the paper's comparison of FP16 and FP32 accumulators",
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sagepp", description=sagepp.__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -31,7 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
                                 f"or of: {' '.join(jit.TARGETS)}")
     compile_parser.add_argument("--json", action="store_true", help="print JSON")
     commands.add_parser("demo", help="attention on this machine, checked against float64 and timed")
-    options = parser.parse_args(arguments)
+    for name, text in REPORTS.items():
+        commands.add_parser(name, add_help=False, help=text)
+    options, rest = parser.parse_known_args(arguments)
+    if options.command in REPORTS:
+        return importlib.import_module(f"sagepp.{options.command}").main(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "info":
         return info()
     if options.command == "compile":

@@ -1,4 +1,4 @@
-"""Accuracy against float64 over inputs that stress attention: ``python -m sagepp.accuracy``.
+"""Accuracy against float64 over inputs that stress attention: ``python -m sagepp accuracy``.
 
 With a GPU its kernels are measured, without one the reference, on some row blocks of each head. With
 ``--parts`` the reference also says what each part of the quantisation contributes.
@@ -136,7 +136,7 @@ def gpu_plans() -> list[tuple[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sagepp.accuracy", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m sagepp accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--heads", type=int, default=2)

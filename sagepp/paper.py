@@ -1,4 +1,4 @@
-"""The paper's comparison of accumulators: ``python -m sagepp.paper``.
+"""The paper's comparison of accumulators: ``python -m sagepp paper``.
 
 SageAttention2++ (arXiv 2505.21136, section 3.2 and table 1) accumulates P V in FP16 and narrows the ranges of P
 and V so that nothing overflows; it reports that accuracy stays that of FP32 accumulators at full range.
@@ -69,7 +69,7 @@ def compare(qkv, rows: int) -> list[dict]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sagepp.paper", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m sagepp paper", description=__doc__.splitlines()[0])
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=256, help="query rows of each head that are compared")

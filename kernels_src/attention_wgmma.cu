@@ -22,6 +22,7 @@ static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "one swizzled panel");
 static_assert(ROW_SUM_ROWS == 8, "the row sum is one more group of 8 columns of V");
 static_assert(BLOCK_N % 32 == 0, "P V takes 32 keys at a time");
 static_assert(BLOCK_M % 64 == 0, "a warpgroup owns 64 rows");
+static_assert(NUM_WARPS == 4 * (1 + NUM_WARPGROUPS), "a producer warpgroup beside the consumers");
 
 constexpr int Q_BYTES = BLOCK_M * ROW_BYTES;
 constexpr int K_BYTES = BLOCK_N * ROW_BYTES;

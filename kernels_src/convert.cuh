@@ -53,13 +53,7 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
     return c;
 }
 
-// ---- FP16 and E4M3, nearest even ---------------------------------------------------------------
-
-__device__ __forceinline__ unsigned to_fp16_pair(float low, float high) {
-    unsigned pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
+// ---- E4M3, nearest even ------------------------------------------------------------------------
 
 #if !V_F16  // E4M3 needs sm_89
 // Two codes in 16 bits, the first in the low byte.

@@ -4,6 +4,7 @@
 // Four kernels: `statistics` and `finish_statistics` (what is known of each channel), `quantize` (all
 // codes and scales), `finish_v_offset` (prefix sums over the key tiles).
 
+#include "ptx.cuh"
 #include "statistics.cuh"
 
 constexpr int KEY_GROUPS = 4;            // scales of K a tile
@@ -279,7 +280,7 @@ __device__ __forceinline__ void transpose(unsigned (&word)[8], int t, uint4& low
 template <int KEYS>
 __device__ __forceinline__ unsigned v_codes_word(const float (&y)[KEYS][8], int channel, unsigned& lost) {
 #if V_F16
-    return to_fp16_pair(y[0][channel], y[1][channel]);
+    return cvt_f16x2(y[0][channel], y[1][channel]);
 #else
     unsigned word = 0;
 #pragma unroll

@@ -48,16 +48,6 @@ template <int REGISTERS> __device__ __forceinline__ void registers_lower() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// ---- turns ------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // ---- wgmma -------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -94,8 +84,6 @@ __device__ __forceinline__ constexpr unsigned descriptor_high(unsigned stride_by
 #define P8_9 P8_8 ",%72,%73,%74,%75,%76,%77,%78,%79"
 #define P8_10 P8_9 ",%80,%81,%82,%83,%84,%85,%86,%87"
 #define P8_11 P8_10 ",%88,%89,%90,%91,%92,%93,%94,%95"
-#define P8_12 P8_11 ",%96,%97,%98,%99,%100,%101,%102,%103"
-#define P8_13 P8_12 ",%104,%105,%106,%107,%108,%109,%110,%111"
 #define R2(x, i) "+r"(x[i]), "+r"(x[i + 1])
 #define R8(x, i) R2(x, i), R2(x, i + 2), R2(x, i + 4), R2(x, i + 6)
 #define R16(x, i) R8(x, i), R8(x, i + 8)
@@ -116,11 +104,8 @@ __device__ __forceinline__ constexpr unsigned descriptor_high(unsigned stride_by
                      : __VA_ARGS__                                                                   \
                      : "r"(q), "r"(k), "n"(DESCRIPTOR_HIGH));                                        \
     }
-DEFINE_WGMMA_S8(96, P8_5, "%48", "%49", "%50", R32(s, 0), R16(s, 32))
 DEFINE_WGMMA_S8(128, P8_7, "%64", "%65", "%66", R64(s, 0))
-DEFINE_WGMMA_S8(160, P8_9, "%80", "%81", "%82", R64(s, 0), R16(s, 64))
 DEFINE_WGMMA_S8(192, P8_11, "%96", "%97", "%98", R64(s, 0), R32(s, 64))
-DEFINE_WGMMA_S8(224, P8_13, "%112", "%113", "%114", R64(s, 0), R32(s, 64), R16(s, 96))
 
 // T (64 x N, FP16) = P (64 x 32, E4M3 in registers) V (32 x N, E4M3, V^T in shared memory), + T if
 // `accumulate`. t[2i]: row g, columns 8i + 2t, + 1 as a pair; t[2i + 1]: row g + 8.

@@ -18,7 +18,6 @@ from .reference import exact
 
 #: What is measured without a GPU: (architecture, kernel).
 CPU_PLANS = (("sm_89", "mma"), ("sm_80", "mma_fp16"), ("sm_90a", "wgmma"), ("sm_90a", "wgmma_fast"))
-KERNELS = ("mma", "mma_fp16", "wgmma", "wgmma_fast")
 
 #: Column -> the parts that are exact while only this one is quantised.
 PARTS = {

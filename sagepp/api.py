@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from . import arrays
+from . import arrays, plan
 
 LAYOUTS = ("HND", "NHD")
 ALIGNMENTS = ("bottom-right", "top-left")
-KERNELS = (None, "mma", "mma_fp16", "wgmma", "wgmma_fast")
+KERNELS = (None, *plan.KERNELS)
 MAX_HEAD_DIM = 256
 
 _DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
@@ -180,7 +180,6 @@ def _on_cpu(q, k, v, options):
     sm_scale, widen = _check_arrays(
         q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype, v.shape, v.strides, v.dtype,
         options.tensor_layout, options.sm_scale)
-    from .plan import default_cpu_plan
     from .reference.attention import attention as reference
 
     if widen:
@@ -191,7 +190,7 @@ def _on_cpu(q, k, v, options):
         q, k, v,
         is_causal=options.is_causal, causal_alignment=options.causal_alignment,
         sm_scale=sm_scale, smooth_k=options.smooth_k,
-        plan=default_cpu_plan(q.shape[3], options.kernel))
+        plan=plan.default_cpu_plan(q.shape[3], options.kernel))
     if options.tensor_layout == "NHD":
         o = np.ascontiguousarray(o.transpose(0, 2, 1, 3))
     return o.astype(_FLOAT32) if widen else o, lse

@@ -12,6 +12,7 @@ writes a handful of addresses and calls the driver five times, around CuPy's arg
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import struct
 import threading
@@ -106,8 +107,7 @@ def attention_grid(plan: Plan, batch: int, num_heads: int, seq_q: int, num_sms: 
     row_blocks = -(-seq_q // plan.block_m)
     if plan.kernel == "mma":
         return (row_blocks, num_heads, batch), 32 * plan.num_warps
-    # persistent CTAs of a producer warpgroup and one consumer warpgroup for 64 rows
-    return (min(num_sms, row_blocks * num_heads * batch), 1, 1), 128 * (1 + plan.block_m // 64)
+    return (min(num_sms, row_blocks * num_heads * batch), 1, 1), 32 * plan.num_warps  # persistent
 
 
 def kernel_variants(arch: str) -> Iterator[tuple[str, str, tuple]]:
@@ -116,11 +116,9 @@ def kernel_variants(arch: str) -> Iterator[tuple[str, str, tuple]]:
     for plan in plans:
         yield "quantize.cu", "quantize", quantize_defines(plan)
         yield "quantize.cu", "quantize", quantize_defines(plan, bfloat16=True, return_lse=True, aligned=False)
-        for is_causal in (False, True):
-            for return_lse in (False, True):
-                yield attention_source(plan), "attention", attention_defines(
-                    plan, is_causal=is_causal, return_lse=return_lse)
-        yield attention_source(plan), "attention", attention_defines(plan, bfloat16=True)
+        for bfloat16, is_causal, return_lse in itertools.product((False, True), repeat=3):
+            yield attention_source(plan), "attention", attention_defines(
+                plan, bfloat16=bfloat16, is_causal=is_causal, return_lse=return_lse)
 
 
 # --- one geometry ------------------------------------------------------------------------------

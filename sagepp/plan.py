@@ -13,7 +13,7 @@ from functools import lru_cache
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 
 #: Architectures whose tensor cores multiply E4M3 with FP16 accumulators natively through `mma.sync`.
-_NATIVE_FP8_MMA = ("sm_89", "sm_120a", "sm_121a")
+_NATIVE_FP8_MMA = ("sm_89", "sm_120a")
 
 FP16_MAX = 65504
 #: Largest P that enters a product: E4M3 code 111, and 2 for FP16 (docs/numerics.md, step 7).
@@ -121,8 +121,8 @@ def make_plan(arch: str, head_dim: int, kernel: str | None = None) -> Plan:
 def default_cpu_plan(head_dim: int, kernel: str | None = None) -> Plan:
     """The plan that the reference uses for NumPy inputs.
 
-    By default SageAttention2++ as published, on Ada; a `kernel` of another architecture is modelled as
-    that architecture computes it.
+    By default SageAttention2++ as published, on Ada; a `kernel` as the first architecture that has it
+    computes it.
     """
-    arch = "sm_90a" if kernel in ("wgmma", "wgmma_fast") else "sm_80" if kernel == "mma_fp16" else "sm_89"
-    return make_plan(arch, head_dim, kernel)
+    kernel = kernel or "mma"
+    return make_plan(next(arch for arch in ARCHITECTURES if kernel in kernels(arch)), head_dim, kernel)

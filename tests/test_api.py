@@ -35,8 +35,8 @@ def reference(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "sagepp.reference.attention",
                         types.SimpleNamespace(attention=attention))
-    monkeypatch.setitem(sys.modules, "sagepp.plan", types.SimpleNamespace(
-        default_cpu_plan=lambda head_dim, kernel: ("plan", head_dim, kernel)))
+    monkeypatch.setattr("sagepp.plan.default_cpu_plan",
+                        lambda head_dim, kernel: ("plan", head_dim, kernel))
     attention.calls = calls
     return attention
 

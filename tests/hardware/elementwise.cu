@@ -48,6 +48,13 @@ __device__ unsigned cvt_bf16(float x) {
     return y;
 }
 
+__device__ unsigned cvt_u8x4(unsigned x) {
+    unsigned y;
+    asm("{\n.reg .b32 high;\ncvt.pack.sat.u8.s32.b32 high, %1, %1, 0;\n"
+        "cvt.pack.sat.u8.s32.b32 %0, %1, %1, high;\n}" : "=r"(y) : "r"(x));
+    return y;
+}
+
 #define ELEMENTWISE(name, result)                                                                  \
     extern "C" __global__ void check_##name(unsigned first, unsigned count, unsigned* out) {       \
         const unsigned step = gridDim.x * blockDim.x;                                              \
@@ -66,6 +73,8 @@ ELEMENTWISE(int_rn, __float2int_rn(x))
 ELEMENTWISE(log2, as_bits(log2_rn(as_float(0x00800000u + bits % 0x7F000000u))))
 ELEMENTWISE(fma, as_bits(__fmaf_rn(x, second(bits), third(bits))))
 ELEMENTWISE(fma_near, as_bits(__fmaf_rn(x, second(bits), near_product(bits))))
+ELEMENTWISE(sqrt, as_bits(__fsqrt_rn(x)))
+ELEMENTWISE(u8, cvt_u8x4(bits))
 ELEMENTWISE(mul_ru, as_bits(__fmul_ru(x, second(bits))))
 ELEMENTWISE(add_rd, as_bits(__fadd_rd(x, second(bits))))
 ELEMENTWISE(div, as_bits(__fdiv_rn(x, second(bits))))

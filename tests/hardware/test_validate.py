@@ -68,6 +68,16 @@ def test_mma_check_finds_a_wrong_bit(key):
     assert validate.check_mma(key, a, b, c, d, names)[0] == {names[2]: 1}
 
 
+def test_every_length_of_chain_is_run_and_checked(monkeypatch):
+    key = ("sm_90", "wgmma", "e4m3", "f16")
+    monkeypatch.setattr(validate, "run_mma", validate.model_mma)
+    row = validate.validate_mma(key, dots=1)
+    assert row["count"] == len(validate.CHAINS) * 2 * len(validate.SCENARIOS) * validate.M * validate.N
+    assert row["mismatches"] == 0
+    monkeypatch.setattr(validate, "run_mma", lambda *args: validate.model_mma(*args) ^ 1)
+    assert validate.validate_mma(key, dots=1)["mismatches"] == row["count"]
+
+
 def test_scenarios_reach_what_they_are_for():
     key = ("sm_90", "wgmma", "f16", "f16")
     a, b, c, names = validate.generate(key, 128, 2 * len(validate.SCENARIOS), seed=0)
@@ -78,3 +88,8 @@ def test_scenarios_reach_what_they_are_for():
     assert np.isinf(result["overflowing"]).any()
     assert np.isfinite(result["attention"]).all()
     assert (a[names.index("sparse")] == 0x8000).any()
+    signs = (a[..., None, :] ^ b[:, None]) & 0x8000
+    zeros = names.index("signed zeros")
+    assert (a[zeros] & 0x7FFF == 0).all() and (b[zeros] & 0x7FFF).all()
+    assert ((signs[zeros] == 0).all(axis=-1) ^ (signs[zeros] == 0x8000).all(axis=-1)).all()
+    assert (signs[zeros] == 0).any() and (signs[zeros] == 0x8000).any()

@@ -143,6 +143,8 @@ ELEMENTWISE = {
         "fma.rn.f32, sum near the product",
         lambda bits: _bits(formats.fma(_float(bits), _second(bits), _near_product(bits))),
     ),
+    "sqrt": ("sqrt.rn.f32", lambda bits: _bits(np.sqrt(_float(bits)))),
+    "u8": ("cvt.pack.sat.u8.s32", lambda bits: (bits.view(np.int32).clip(0, 255) * 0x01010101).view(np.uint32)),
     "mul_ru": ("mul.rp.f32", lambda bits: _bits(formats.mul_ru(_float(bits), _second(bits)))),
     "add_rd": ("add.rm.f32", lambda bits: _bits(formats.add_rd(_float(bits), _second(bits)))),
     "div": ("div.rn.f32", lambda bits: _bits(formats.div(_float(bits), _second(bits)))),
@@ -270,6 +272,14 @@ def _special(rng, operand, k):
         yield np.where(where, rng.choice(np.array(kinds, CODES[operand]), codes.shape), codes)
 
 
+def _signed_zeros(rng, operand, k):
+    """Zeros times anything: all products of a sum are +0, or all of them are -0."""
+    sign = CODES[operand](0x80 if operand == "e4m3" else 0x8000)
+    signs = [rng.choice([CODES[operand](0), sign], (rows, 1)) for rows in (M, N)]
+    b = _codes(np.abs(_uniform_exponents(rng, (N, k), -7, 3)), operand)
+    return np.repeat(signs[0], k, axis=1), b | signs[1]
+
+
 SCENARIOS = {
     "attention": _attention,
     "ordinary": _ordinary,
@@ -279,6 +289,7 @@ SCENARIOS = {
     "sparse": _sparse,
     "overflowing": _overflowing,
     "special": _special,
+    "signed zeros": _signed_zeros,
 }
 
 
@@ -288,7 +299,7 @@ def _accumulator(rng, accumulator, scenario):
     kind = rng.integers(4)
     if scenario == "special":
         c = rng.choice([0, 1, -2, np.inf, -np.inf, np.nan, -np.nan], (M, N), p=[0.3, 0.3, 0.3] + [0.025] * 4)
-    elif kind == 0:
+    elif kind == 0 or scenario == "signed zeros":
         c = rng.choice([0.0, -0.0], (M, N))
     elif kind == 1:
         c = rng.normal(size=(M, N)) * 2.0 ** rng.integers(-8, 8)
@@ -369,12 +380,11 @@ def validate_mma(key, dots=10_000_000):
     started = time.perf_counter()
     count, by_scenario, text, pending = 0, {}, None, []
     items = 2 * len(SCENARIOS)
-    for k in CHAINS:
-        for seed in range(-(-dots // (items * M * N))):
-            a, b, c, names = generate(key, k, items, seed)
-            d = run_mma(key, a, b, c)
-            count += d.size
-            pending.append(pool().apply_async(check_mma, (key, a, b, c, d, names)))
+    tasks = [(key, k, items, seed) for k in CHAINS for seed in range(-(-dots // (items * M * N)))]
+    for task, (a, b, c, _) in zip(tasks, pool().imap(_generate, tasks)):
+        d = run_mma(key, a, b, c)
+        count += d.size
+        pending.append(pool().apply_async(_check_generated, (task, d)))
     for result in pending:
         wrong, example = result.get()
         text = text or example
@@ -382,6 +392,16 @@ def validate_mma(key, dots=10_000_000):
             by_scenario[name] = by_scenario.get(name, 0) + of_scenario
     row = _row(" ".join(key), count, sum(by_scenario.values()), text, started)
     return {**row, "mismatches by scenario": by_scenario or None}
+
+
+def _generate(task):
+    return generate(*task)
+
+
+def _check_generated(task, d):
+    """To generate again takes less time than to send the operands."""
+    a, b, c, names = generate(*task)
+    return check_mma(task[0], a, b, c, d, names)
 
 
 def write_goldens(key, folder):

@@ -13,7 +13,6 @@ import argparse  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 import multiprocessing  # noqa: E402
-import secrets  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 
@@ -32,7 +31,7 @@ def main(arguments=None):
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--kernel", choices=strategies.KERNELS, default="mma")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
-    parser.add_argument("--seed", type=seed_of, default=0, help='a number, or "random"')
+    parser.add_argument("--seed", type=strategies.seed_of, default=0, help='a number, or "random"')
     parser.add_argument("--json", metavar="FILE", help="also write what is printed")
     options = parser.parse_args(arguments)
     with multiprocessing.get_context("fork").Pool(options.workers) as pool:  # before CUDA starts
@@ -42,11 +41,6 @@ def main(arguments=None):
         with open(options.json, "w") as file:
             json.dump(record, file, indent=1)
     return int(record["differing_bits"] or record["failed_problems"])
-
-
-def seed_of(text):
-    """The number, or one drawn where the text is "random"; what is printed repeats the run."""
-    return secrets.randbits(32) if text == "random" else int(text)
 
 
 def soak(pool, options):

@@ -4,6 +4,7 @@ A `Problem` is a few numbers that print on one line and rebuild the same arrays 
 failure can be copied from a log: ``strategies.Problem(...).arrays()``.
 """
 
+import secrets
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -213,6 +214,11 @@ def problems(max_seq_q=MAX_SEQ_Q, max_seq_kv=MAX_SEQ_KV, kinds=VALUES, **fixed):
     fields["seed"] = st.integers(0, 2**32 - 1)
     fields.update({name: st.just(value) for name, value in fixed.items()})
     return st.builds(Problem, **fields)
+
+
+def seed_of(text):
+    """The number, or one drawn where the text is "random"."""
+    return secrets.randbits(32) if text == "random" else int(text)
 
 
 def random_problem(seed, index):

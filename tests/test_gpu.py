@@ -1,7 +1,8 @@
 """On a GPU: the bits of the reference, whatever the problem, and wherever and however often it runs.
 
 ``SAGEPP_GPU_EXAMPLES`` is the number of random problems a kernel (default 50), ``SAGEPP_GPU_SEED`` what
-they start from (default 0). The reference takes the time: ``pytest -m gpu -n 8`` shares it out.
+they start from (a number, by default 0, or "random"). The reference takes the time: ``pytest -m gpu -n 8``
+shares it out.
 """
 
 import os
@@ -10,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import strategies
+import worst_case
 from bits import assert_same_bits
 from hypothesis import given, seed, settings
 from strategies import Problem, problems
@@ -21,7 +23,7 @@ from sagepp.plan import make_plan
 pytestmark = pytest.mark.gpu
 
 EXAMPLES = int(os.environ.get("SAGEPP_GPU_EXAMPLES", 50))
-SEED = int(os.environ.get("SAGEPP_GPU_SEED", 0))
+SEED = strategies.seed_of(os.environ.get("SAGEPP_GPU_SEED", "0"))
 SHARDS = 8
 
 each_kernel = pytest.mark.parametrize("kernel", strategies.KERNELS)
@@ -106,6 +108,23 @@ def test_chosen_problems(kernel, problem):
     check(problem, kernel)
 
 
+@each_kernel
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_fp16_accumulator_near_its_limit(kernel, head_dim):
+    plan = plan_of(kernel, head_dim)
+
+    @seed(SEED)
+    @settings(max_examples=20, derandomize=False, database=None)
+    @given(**worst_case.DRAWN)
+    def at_the_limit(seed, dtype, options):
+        arrays = worst_case.arrays(plan, seed, dtype)
+        o, lse = call(arrays, kernel, **options)
+        assert np.isfinite(o).all() and np.isfinite(lse).all()
+        assert_same((o, lse), worst_case.by_reference(plan, arrays, options), plan)
+
+    at_the_limit()
+
+
 # ---------------------------------------------------------------------------- the same bits everywhere
 
 
@@ -115,17 +134,18 @@ def test_every_call_and_every_stream_returns_the_same_bits(kernel, is_causal):
     import cupy
 
     plan_of(kernel, 128)
-    q, k, v = map(cupy.asarray, Problem(2, 4, 2, 333, 777, 128).arrays())
-    first = call((q, k, v), kernel, is_causal=is_causal)
+    shapes = [Problem(2, 4, 2, 333, 777, 128), Problem(2, 4, 2, 333, 777, 128, seed=1), Problem(1, 3, 1, 500, 200, 100)]
+    inputs = [[cupy.asarray(x) for x in problem.arrays()] for problem in shapes]
+    first = [call(arrays, kernel, is_causal=is_causal) for arrays in inputs]
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(4)]
     cupy.cuda.Device().synchronize()
     results = []
-    for i in range(20):
+    for i in range(24):
         with streams[i % 4]:
-            results.append(sagepp.attention(q, k, v, return_lse=True, kernel=kernel, is_causal=is_causal))
+            results.append(sagepp.attention(*inputs[i % 3], return_lse=True, kernel=kernel, is_causal=is_causal))
     cupy.cuda.Device().synchronize()
-    for result in results:
-        assert_same(map(cupy.asnumpy, result), first)
+    for i, result in enumerate(results):
+        assert_same(map(cupy.asnumpy, result), first[i % 3], note=f"call {i}")
 
 
 @each_kernel
@@ -140,6 +160,26 @@ def test_position_in_the_batch_and_among_the_heads_does_not_matter(kernel, is_ca
             alone = (q[b : b + 1, heads], k[b : b + 1, h : h + 1], v[b : b + 1, h : h + 1])
             expected = (o[b : b + 1, heads], lse[b : b + 1, heads])
             assert_same(call(alone, kernel, is_causal=is_causal), expected, note=f"batch {b}, KV head {h}")
+
+
+@each_kernel
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_copies_of_a_problem_have_the_same_bits(kernel, is_causal):
+    """In 64 positions: more blocks than run at a time."""
+    plan_of(kernel, 128)
+    one = Problem(1, 1, 2, 513, 700, 128).arrays()
+    o, lse = call(one, kernel, is_causal=is_causal)
+    copies = call([np.tile(x, (4, 16, 1, 1)) for x in one], kernel, is_causal=is_causal)
+    assert_same(copies, (np.tile(o, (4, 16, 1, 1)), np.tile(lse, (4, 16, 1))))
+
+
+@each_kernel
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(130, 131), slice(77, 333)], ids=str)
+def test_a_row_does_not_depend_on_the_others(kernel, rows):
+    plan_of(kernel, 64)
+    q, k, v = Problem(2, 1, 2, 333, 400, kinds=("normal", "rising", "normal")).arrays()
+    o, lse = call((q, k, v), kernel)
+    assert_same(call((q[:, :, rows], k, v), kernel), (o[:, :, rows], lse[:, :, rows]))
 
 
 @each_kernel

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import strategies
+import worst_case
 from bits import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -323,6 +324,13 @@ def test_fp16_accumulator_holds_the_worst_case_exactly(plan):
             if key[2:] == (plan.v_dtype, "f16"):
                 result = tensor_core.mma(p, v, np.float32(0), key)[0, 0]
                 assert abs(result - total) <= 2.0**-7 * abs(total), key
+
+
+@settings(max_examples=3)
+@given(**worst_case.DRAWN)
+@pytest.mark.parametrize("plan", PLANS, ids=strategies.plan_id)
+def test_inputs_that_drive_the_fp16_accumulator_to_its_limit(plan, seed, dtype, options):
+    worst_case.by_reference(plan, worst_case.arrays(plan, seed, dtype), options)
 
 
 # ---------------------------------------------------------------------------- quantisation

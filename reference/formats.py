@@ -14,8 +14,6 @@ Boldo and Melquiond, "Emulation of FMA and correctly rounded sums" (IEEE Trans. 
 import numpy as np
 from ml_dtypes import bfloat16
 
-E4M3_MAX = np.float32(448.0)
-FP16_MAX = np.float32(65504.0)
 FP32_MIN_NORMAL = np.float32(2.0**-126)
 E4M3_NAN = 0x7F
 FP16_NAN = 0x7FFF

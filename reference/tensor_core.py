@@ -1,4 +1,4 @@
-"""What a tensor core returns, bit for bit, for every MMA instruction that the kernels issue.
+"""What a tensor core returns, bit for bit, for the MMA instructions that the kernels issue and their kin.
 
 One instruction adds `terms` products and the accumulator C in a single fused sum:
 
@@ -6,8 +6,8 @@ One instruction adds `terms` products and the accumulator C in a single fused su
    (so its significand is in [1, 4)); a subnormal factor has the exponent of the smallest normal;
 2. the largest exponent E among the products and C is found; zeros do not take part;
 3. every product and C lose (truncation towards zero) what lies below ``2**(E - fraction_bits)``;
-4. the sum of what is left is exact, and is rounded once, to the accumulator's format; an exact zero
-   is +0.
+4. the sum of what is left is exact, and is rounded once, to the accumulator's format; a zero is +0,
+   also where the sum was below it.
 
 Infinities and NaN follow IEEE 754 (``inf * 0`` and ``inf - inf`` are NaN). `docs/hardware.md` says
 which row of the table was validated on which GPU.
@@ -213,9 +213,7 @@ def _fused_sum(a, b, c, rule):
     total *= _power_of_two(unit)
     if rule.accumulator == "f32":
         total = _truncate(total, rule.result_bits)
-    result = _round(total, rule.accumulator)
-    if rule.accumulator == "f16":
-        result += np.float32(0)  # what rounds to zero is +0, a negative sum too
+    result = _round(total, rule.accumulator) + np.float32(0)  # what rounds to -0 is +0
     return _with_specials(result, a, b, c)
 
 

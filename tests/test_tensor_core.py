@@ -213,6 +213,23 @@ def test_exact_zero_is_positive(key):
     assert _bits(_one(key, [(2, 3)], c=-6), key[3]) == 0
 
 
+@pytest.mark.parametrize("key", ALL, ids=_id)
+def test_negative_terms_cut_to_zero_leave_a_positive_zero(key):
+    large = [(448, 448), (-448, 448), (0, 0), (0, 0)]  # then k % 4 is 0 again: the same sum where it splits
+    assert _bits(_one(key, [*large, (-(2.0**-9), 2.0**-9)]), key[3]) == 0
+    if not BEHAVIOURS[key].split:  # there C is added afterwards
+        assert _bits(_one(key, large, c=-(2.0**-24)), key[3]) == 0
+
+
+@pytest.mark.parametrize("key", [k for k in ALL if k[2:] == ("f16", "f16")], ids=_id)
+def test_a_negative_sum_that_rounds_to_zero_is_positive(key):
+    for c in (0.0, -0.0):
+        assert _bits(_one(key, [(-(2.0**-20), 2.0**-6)], c), "f16") == 0
+        assert _bits(_one(key, [(-(2.0**-20), 2.0**-5)], c), "f16") == 0, "a tie, to even"
+        assert _bits(_one(key, [(-1.5 * 2.0**-20, 2.0**-5)], c), "f16") == 0x8001
+    assert _bits(_one(key, [(2.0**-20, 1.5 * 2.0**-5)], c=-(2.0**-24)), "f16") == 0
+
+
 def test_fp8_accumulation_on_hopper_keeps_13_bits_of_an_fp32_accumulator():
     key = ("sm_90a", "wgmma", "e4m3", "f32")
     assert _one(key, [], c=1 + 2.0**-13 + 2.0**-14) == np.float32(1 + 2.0**-13)

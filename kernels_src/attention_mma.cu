@@ -228,7 +228,8 @@ struct State {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             RowState row = rows[8 * r];
-            bound[r] = tile_bound(largest[r], visible[r] > 0, row.scale, k_scale);
+            int score = largest[r] - static_cast<int>(SCORE_START);
+            bound[r] = tile_bound(score, visible[r] > 0, row.scale, k_scale);
             if (moves[r]) rescale(r, shrink_factor(row.bound, bound[r]));
         }
         __syncwarp();  // a row's four lanes read its bound before they write it

@@ -1,9 +1,8 @@
 // Attention on Hopper (sm_90a): docs/numerics.md, steps 4 to 8.
 //
 // A persistent CTA of one producer warpgroup, which fills a ring of K and V tiles by bulk copies, and
-// NUM_WARPGROUPS consumer warpgroups of 64 query rows each. A consumer issues Q K^T of tile j together
-// with P V of tile j - 1. Two warpgroups have the registers to form P of tile j while P V runs; three wait
-// for both products, and leave the tensor cores to each other meanwhile.
+// NUM_WARPGROUPS consumer warpgroups of 64 query rows each. While a consumer forms P of tile j, the tensor
+// cores multiply P V of tile j - 1; Q K^T of tile j + 1 is issued as soon as the registers of S are free.
 //
 // Grid at most one CTA an SM, block 128 (NUM_WARPGROUPS + 1), DYNAMIC_SHARED_BYTES of dynamic shared memory.
 
@@ -13,7 +12,6 @@
 constexpr int NUM_WARPGROUPS = BLOCK_M / 64;
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = NUM_WARPGROUPS == 2 ? 240 : 160;
 constexpr int CONSUMER_THREADS = 128 * NUM_WARPGROUPS;
-constexpr bool OVERLAP = NUM_WARPGROUPS == 2;  // P V under the softmax of the next tile: needs P twice
 constexpr int V_ROWS = HEAD_DIM + ROW_SUM_ROWS;
 constexpr int ROW_BYTES = HEAD_DIM;  // of Q and K, and their swizzle: 128 or 64 bytes
 constexpr unsigned LAYOUT_QK = HEAD_DIM == 64 ? LAYOUT_SWIZZLE_64 : LAYOUT_SWIZZLE_128;
@@ -23,13 +21,15 @@ static_assert(ROW_SUM_ROWS == 8, "the row sum is one more group of 8 columns of 
 static_assert(BLOCK_N % 32 == 0, "P V takes 32 keys at a time");
 static_assert(BLOCK_M % 64 == 0, "a warpgroup owns 64 rows");
 static_assert(NUM_WARPS == 4 * (1 + NUM_WARPGROUPS), "a producer warpgroup beside the consumers");
+static_assert(PROMOTE_EVERY % 2 == 0, "the two buffers of P take turns within an interval");
+constexpr int UNROLLED = PROMOTE_EVERY < 4 ? PROMOTE_EVERY : 4;  // tiles of the main loop
 
 constexpr int Q_BYTES = BLOCK_M * ROW_BYTES;
 constexpr int K_BYTES = BLOCK_N * ROW_BYTES;
 constexpr int V_BYTES = BLOCK_N * V_ROWS;
 constexpr int align_up(int bytes, int to) { return (bytes + to - 1) / to * to; }
 
-// What belongs to a work item beside Q. Two of them: an epilogue still reads its own when the next comes.
+// What belongs to a work item beside Q.
 struct __align__(16) ItemScales {
     float q_scale[BLOCK_M];
     float q_mean_dot[BLOCK_M];  // only with RETURN_LSE
@@ -39,17 +39,19 @@ struct __align__(16) ItemScales {
 };
 
 // Byte offsets into dynamic shared memory (1024-byte aligned: the swizzle is a function of the address).
-constexpr int K_OFFSET = align_up(Q_BYTES, 1024);  // of stage 0
+// Q and its scales are there twice: the next work item's arrive during this one.
+constexpr int K_OFFSET = 2 * Q_BYTES;  // of stage 0
 constexpr int V_OFFSET = K_OFFSET + K_BYTES;
 constexpr int STAGE_BYTES = align_up(K_BYTES + V_BYTES, 1024);
 constexpr int SCALE_OFFSET = K_OFFSET + STAGES * STAGE_BYTES;  // k_scale: 16 bytes a stage
 constexpr int ITEM_OFFSET = SCALE_OFFSET + STAGES * 16;
 constexpr int BARRIER_OFFSET = ITEM_OFFSET + 2 * sizeof(ItemScales);
 
-// Barriers, 8 bytes each.
-enum Barrier { Q_FULL, Q_EMPTY, K_FULL, V_FULL = K_FULL + STAGES, EMPTY = V_FULL + STAGES,
+// Barriers, 8 bytes each: an item's Q and scales, and a stage's K and V, have arrived or are done with.
+enum Barrier { Q_FULL, Q_EMPTY = Q_FULL + 2, FULL = Q_EMPTY + 2, EMPTY = FULL + STAGES,
                NUM_BARRIERS = EMPTY + STAGES };
-static_assert(BARRIER_OFFSET + NUM_BARRIERS * 8 == DYNAMIC_SHARED_BYTES, "sagepp/launch.py counts the same");
+static_assert(Q_BYTES % 1024 == 0 && BARRIER_OFFSET + NUM_BARRIERS * 8 == DYNAMIC_SHARED_BYTES,
+              "sagepp/launch.py counts the same");
 
 __device__ __forceinline__ unsigned barrier(unsigned shared, int which) {
     return shared + BARRIER_OFFSET + 8 * which;
@@ -68,7 +70,8 @@ struct WorkItem {
     int kv_head;    // batch * num_heads_kv + KV head
     int row_block;
     int num_tiles;       // tiles that some row sees
-    int num_full_tiles;  // tiles that every row sees completely
+    int num_full_tiles;  // tiles that every row sees, as far as they go
+    int num_plain_tiles;  // of those, the ones without absent keys: nothing to mask
 
     __device__ WorkItem(const Problem& problem, int heads, int index) {
         if (CAUSAL) {  // the longest first
@@ -87,6 +90,7 @@ struct WorkItem {
             if (first < problem.seq_kv) num_full_tiles = max(first, 0) / BLOCK_N;
             num_tiles = min(num_tiles, (max(last, 0) + BLOCK_N - 1) / BLOCK_N);
         }
+        num_plain_tiles = min(num_full_tiles, problem.seq_kv / BLOCK_N);
     }
 };
 
@@ -121,29 +125,28 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
     RingPosition ring;
     for (int n = 0, index; (index = work_index(n)) < num_items; ++n) {
         WorkItem item(problem, heads, index);
-        if (n > 0) mbarrier_wait(barrier(shared, Q_EMPTY), (n - 1) & 1);
+        int buffer = n % 2;
+        if (n > 1) mbarrier_wait(barrier(shared, Q_EMPTY + buffer), (n / 2 - 1) & 1);
         long long q_tile = static_cast<long long>(item.head) * problem.num_row_blocks() + item.row_block;
         long long kv_head = item.kv_head, offset = kv_head * (key_tiles + 1) + item.num_full_tiles;
-        ItemScales& destination = scales[n % 2];
-        unsigned q_full = barrier(shared, Q_FULL);
+        ItemScales& destination = scales[buffer];
+        unsigned q_full = barrier(shared, Q_FULL + buffer);
         destination.k_scale_max[0] = k_scale_max[kv_head];
         mbarrier_arrive_expect_bytes(q_full, Q_BYTES + 4 * ((1 + RETURN_LSE) * BLOCK_M + 2 * HEAD_DIM));
         if (RETURN_LSE)
             bulk_copy(shared_address(destination.q_mean_dot), q_mean_dot + q_tile * BLOCK_M, 4 * BLOCK_M, q_full);
-        bulk_copy(shared, q_codes + q_tile * Q_BYTES, Q_BYTES, q_full);
+        bulk_copy(shared + buffer * Q_BYTES, q_codes + q_tile * Q_BYTES, Q_BYTES, q_full);
         bulk_copy(shared_address(destination.q_scale), q_scale + q_tile * BLOCK_M, 4 * BLOCK_M, q_full);
         bulk_copy(shared_address(destination.v_scale), v_scale + kv_head * HEAD_DIM, 4 * HEAD_DIM, q_full);
         bulk_copy(shared_address(destination.v_offset), v_offset + offset * HEAD_DIM, 4 * HEAD_DIM, q_full);
         for (int j = 0; j < item.num_tiles; ++j, ring.advance()) {
-            unsigned k_full = barrier(shared, K_FULL + ring.stage), v_full = barrier(shared, V_FULL + ring.stage);
-            unsigned stage = shared + ring.stage * STAGE_BYTES;
-            long long tile = static_cast<long long>(item.kv_head) * key_tiles + j;
+            unsigned full = barrier(shared, FULL + ring.stage), stage = shared + ring.stage * STAGE_BYTES;
+            long long tile = kv_head * key_tiles + j;
             mbarrier_wait(barrier(shared, EMPTY + ring.stage), ring.parity ^ 1);
-            mbarrier_arrive_expect_bytes(k_full, K_BYTES + 16);
-            bulk_copy(stage + K_OFFSET, k_codes + tile * K_BYTES, K_BYTES, k_full);
-            bulk_copy(shared + SCALE_OFFSET + 16 * ring.stage, k_scale + 4 * tile, 16, k_full);
-            mbarrier_arrive_expect_bytes(v_full, V_BYTES);
-            bulk_copy(stage + V_OFFSET, v_codes + tile * V_BYTES, V_BYTES, v_full);
+            mbarrier_arrive_expect_bytes(full, K_BYTES + 16 + V_BYTES);
+            bulk_copy(stage + K_OFFSET, k_codes + tile * K_BYTES, K_BYTES, full);
+            bulk_copy(shared + SCALE_OFFSET + 16 * ring.stage, k_scale + 4 * tile, 16, full);
+            bulk_copy(stage + V_OFFSET, v_codes + tile * V_BYTES, V_BYTES, full);
         }
     }
 }
@@ -166,66 +169,57 @@ __device__ __forceinline__ constexpr int score_index(int i, int r, int e) {
     return 8 * i + 2 * r + e % 2 + e / 2 * 4;
 }
 
-// Flags of one row's words, or-ed in four independent chains.
-__device__ __forceinline__ unsigned row_flags(const unsigned (&p)[2 * WORDS], int r) {
-    unsigned flags[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i) flags[i % 4] |= limit_flags(p[word_index(i, r)]);
-    return (flags[0] | flags[1] | flags[2] | flags[3]) & LIMIT_BITS;
-}
-
-// P of a tile, and flags of the rows that reached the limit. `visible[r]` keys of the thread's group are
-// visible to row r; only a masked tile has others.
-__device__ __forceinline__ void form_tile(unsigned (&p)[2 * WORDS], const unsigned (&s)[8 * WORDS],
-                                          const Row (&row)[2], float k_scale, const int (&visible)[2],
-                                          bool masked, unsigned (&flags)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        RowMap map(row[r], k_scale);
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i) {
-            unsigned scores[4] = {s[score_index(i, r, 0)], s[score_index(i, r, 1)], s[score_index(i, r, 2)],
-                                  s[score_index(i, r, 3)]};
-            p[word_index(i, r)] = form_p(map, scores);
-        }
-    }
-    flags[0] = row_flags(p, 0);
-    flags[1] = row_flags(p, 1);
-    if (!masked) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i) p[word_index(i, r)] = mask_p(p[word_index(i, r)], visible[r] - 4 * i);
-        flags[r] = row_flags(p, r);
-    }
-}
-
-__device__ __forceinline__ void move_bound(Row& row, bool moves, const unsigned (&s)[8 * WORDS], int r,
-                                           int visible, float k_scale) {
-    int largest = 0;  // below every score as it arrives
+// The thread's largest score of a row; of a masked tile, among the first `visible` of its group.
+__device__ __forceinline__ int largest_score(const unsigned (&s)[8 * WORDS], int r, int visible, bool masked) {
+    constexpr int CHAINS = 2;
+    int largest[CHAINS] = {};  // below every score as it arrives
 #pragma unroll
     for (int i = 0; i < WORDS; ++i)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-            if (4 * i + e < visible) largest = max(largest, static_cast<int>(s[score_index(i, r, e)]));
-    float bound = tile_bound(largest, visible > 0, row.scale, k_scale);
-    if (!moves) return;
-    row.alpha = shrink_factor(row.bound, bound);
-    row.bound = bound;
+            if (!masked || 4 * i + e < visible)
+                largest[i % CHAINS] = max(largest[i % CHAINS], static_cast<int>(s[score_index(i, r, e)]));
+    return max(largest[0], largest[1]);
 }
 
-// Steps 5 and 6 for one tile.
+// Steps 5 and 6 for one tile. `visible[r]` keys of the thread's group are visible to row r; only a masked
+// tile has others.
 __device__ __forceinline__ void softmax_tile(unsigned (&p)[2 * WORDS], Row (&row)[2],
                                              const unsigned (&s)[8 * WORDS], const int (&visible)[2],
-                                             float k_scale, bool masked, bool first) {
-    unsigned flags[2] = {~0u, ~0u};
-    if (!first) form_tile(p, s, row, k_scale, visible, masked, flags);
-    row[0].alpha = row[1].alpha = 1.0f;
-    if (first || __builtin_expect(__any_sync(FULL_MASK, flags[0] | flags[1]), 0)) {
+                                             float k_scale, bool masked) {
+    RowMap map[2] = {RowMap(row[0], k_scale), RowMap(row[1], k_scale)};
+    int largest[2];
+    bool sees[2], moves[2];
 #pragma unroll
-        for (int r = 0; r < 2; ++r) move_bound(row[r], quad_or(flags[r]) != 0, s, r, visible[r], k_scale);
-        form_tile(p, s, row, k_scale, visible, masked, flags);
+    for (int r = 0; r < 2; ++r) {
+        largest[r] = largest_score(s, r, visible[r], masked);
+        sees[r] = !masked || visible[r] > 0;
+        moves[r] = sees[r] && map[r].reaches_limit(largest[r]);
+        row[r].alpha = 1.0f;
     }
+    if (__builtin_expect(__any_sync(FULL_MASK, moves[0] || moves[1]), 0)) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float bound = tile_bound(largest[r] - static_cast<int>(SCORE_START), sees[r], row[r].scale, k_scale);
+            if (!quad_or(moves[r])) continue;
+            row[r].alpha = shrink_factor(row[r].bound, bound);
+            row[r].bound = bound;
+            map[r] = RowMap(row[r], k_scale);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            unsigned scores[4] = {s[score_index(i, r, 0)], s[score_index(i, r, 1)], s[score_index(i, r, 2)],
+                                  s[score_index(i, r, 3)]};
+            p[word_index(i, r)] = form_p(map[r], scores);
+        }
+    if (!masked) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) p[word_index(i, r)] = mask_p(p[word_index(i, r)], visible[r] - 4 * i);
 }
 
 // ---- consumer ----------------------------------------------------------------------------------
@@ -287,129 +281,173 @@ struct Output {
     long long stride_b, stride_h, stride_s;
     int head_dim;
 
-    // Two neighbouring channels can be written at once.
-    __device__ bool pairs() const {
-        return head_dim % 2 == 0 && (stride_b | stride_h | stride_s) % 2 == 0 &&
-               reinterpret_cast<unsigned long long>(o) % 4 == 0;
+    // Eight neighbouring channels can be written at once.
+    __device__ bool vectors() const {
+        return head_dim % 8 == 0 && (stride_b | stride_h | stride_s) % 8 == 0 &&
+               reinterpret_cast<unsigned long long>(o) % 16 == 0;
     }
 };
 
-// Step 8 for one row.
-__device__ __forceinline__ void write_row(const Output& out, unsigned short* destination,
-                                          const float (&o)[HEAD_DIM / 2], const Row& row, int r,
-                                          const ItemScales& scales) {
-    float reciprocal = __fdiv_rn(ROW_SUM_UNIT, row.l);
+__device__ __forceinline__ void load_floats(const float* from, float2 (&to)[4]) {
+    float4 low = reinterpret_cast<const float4*>(from)[0], high = reinterpret_cast<const float4*>(from)[1];
+    to[0] = make_float2(low.x, low.y), to[1] = make_float2(low.z, low.w);
+    to[2] = make_float2(high.x, high.y), to[3] = make_float2(high.z, high.w);
+}
+
+// Step 8 for the thread's two rows; a null one does not exist. The quantiser has V's channels in an order
+// (`v_row`) that gives a thread 8 neighbouring ones in every 32.
+template <bool VECTORS>
+__device__ __forceinline__ void write_rows(unsigned short* const (&destination)[2], int head_dim,
+                                           const float (&o)[HEAD_DIM / 2], const Row (&row)[2],
+                                           const ItemScales& scales) {
+    float reciprocal[2] = {__fdiv_rn(ROW_SUM_UNIT, row[0].l), __fdiv_rn(ROW_SUM_UNIT, row[1].l)};
 #pragma unroll
-    for (int i = 0; i < HEAD_DIM / 8; ++i) {
-        int column = 8 * i + threadIdx.x % 4 * 2;
-        float2 scale = *reinterpret_cast<const float2*>(scales.v_scale + column);
-        float2 offset = *reinterpret_cast<const float2*>(scales.v_offset + column);
-        unsigned pair = row.l == 0.0f ? 0u  // sees no key
-            : output_pair(o[4 * i + 2 * r], o[4 * i + 2 * r + 1], reciprocal, scale, offset);
-        if (out.pairs()) {
-            if (column < out.head_dim) *reinterpret_cast<unsigned*>(destination + column) = pair;
-        } else {
-            if (column < out.head_dim) destination[column] = static_cast<unsigned short>(pair);
-            if (column + 1 < out.head_dim) destination[column + 1] = static_cast<unsigned short>(pair >> 16);
+    for (int i = 0; i < HEAD_DIM / 8; i += 4) {
+        int channel = 8 * i + threadIdx.x % 4 * 8;
+        float2 scale[4], offset[4];
+        load_floats(scales.v_scale + channel, scale);
+        load_floats(scales.v_offset + channel, offset);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            unsigned pair[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                pair[j] = row[r].l == 0.0f ? 0u  // sees no key
+                    : output_pair(o[4 * (i + j) + 2 * r], o[4 * (i + j) + 2 * r + 1], reciprocal[r], scale[j],
+                                  offset[j]);
+            if (!destination[r]) continue;
+            if (VECTORS) {
+                if (channel < head_dim)
+                    *reinterpret_cast<uint4*>(destination[r] + channel) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+            } else {
+#pragma unroll
+                for (int c = 0; c < 8; ++c)
+                    if (channel + c < head_dim)
+                        destination[r][channel + c] = static_cast<unsigned short>(pair[c / 2] >> c % 2 * 16);
+            }
         }
     }
 }
 
 struct Consumer {
     const Problem& problem;
-    unsigned shared;
-    unsigned q;          // descriptor of the warpgroup's rows of Q
-    int first_row;       // of this thread: g and g + 8 of its warp
-    RingPosition ring;   // of the tile whose K is next
+    const unsigned shared;
+    unsigned q;         // descriptor of the warpgroup's rows of Q
+    int first_row;      // of this thread: g and g + 8 of its warp
+    RingPosition ring;  // of the latest tile whose Q K^T was issued; between work items, of the next one
+    float k_scale;      // of that tile
     Row row[2];
-    unsigned s[BLOCK_N / 2];     // S: integer scores as they arrive (step 6)
-    unsigned p[2 * WORDS];       // P: E4M3 codes, the A fragments of P V
-    unsigned t[V_ROWS / 4];      // T of a promotion interval, FP16 pairs; the last group is the row sum
-    float o[HEAD_DIM / 2];       // O
-
-    __device__ unsigned stage_address(RingPosition at) const { return shared + at.stage * STAGE_BYTES; }
+    unsigned s[BLOCK_N / 2];  // S: integer scores as they arrive (step 6)
+    unsigned p[2 * WORDS];    // P: E4M3 codes, the A fragments of P V
+    unsigned t[V_ROWS / 4];   // T of a promotion interval, FP16 pairs; the last group is the row sum
+    float o[HEAD_DIM / 2];    // O
 
     __device__ void release(int which) {
         __syncwarp();
         if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier(shared, which));
     }
 
-    __device__ float wait_k(int stage, unsigned parity) {
-        mbarrier_wait(barrier(shared, K_FULL + stage), parity);
-        float scale;
-        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(scale)
-                     : "r"(shared + SCALE_OFFSET + 16 * stage + threadIdx.x % 4 * 4) : "memory");
-        return scale;
+    // Q K^T of the tile at `ring`, when it has arrived.
+    __device__ void start_scores() {
+        mbarrier_wait(barrier(shared, FULL + ring.stage), ring.parity);
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(k_scale)
+                     : "r"(shared + SCALE_OFFSET + 16 * ring.stage + threadIdx.x % 4 * 4) : "memory");
+        issue_qk(s, q, descriptor_low(shared + ring.stage * STAGE_BYTES + K_OFFSET, 16));
     }
 
-    __device__ void softmax(unsigned (&p)[2 * WORDS], const WorkItem& item, int tile, float k_scale) {
+    // P V of the tile in `stage`, added to T unless that tile begins a promotion interval.
+    __device__ void start_values(const unsigned (&p)[2 * WORDS], int stage, bool accumulate) {
+        issue_pv(t, p, descriptor_low(shared + stage * STAGE_BYTES + V_OFFSET, V_ROWS * 16), accumulate);
+    }
+
+    // P of `tile` from its scores, any of which the mask may hide.
+    __device__ void softmax(unsigned (&p)[2 * WORDS], const WorkItem& item, int tile) {
         int group = threadIdx.x % 4;
         int visible[2] = {visible_keys(problem, first_row, tile, group),
                           visible_keys(problem, first_row + 8, tile, group)};
-        bool masked = tile >= item.num_full_tiles || tile >= problem.seq_kv / BLOCK_N;
-        softmax_tile(p, row, s, visible, k_scale, masked, tile == 0);
+        softmax_tile(p, row, s, visible, k_scale, tile >= item.num_plain_tiles);
     }
 
-    // P V of `tile`, in stage `at`, added to T unless a promotion interval begins with that tile.
-    __device__ void issue_products(RingPosition at, int tile) {
-        mbarrier_wait(barrier(shared, V_FULL + at.stage), at.parity);
-        issue_pv(t, p, descriptor_low(stage_address(at) + V_OFFSET, V_ROWS * 16), tile % PROMOTE_EVERY != 0);
+    void __device__ promote_all() {
+        promote(o, row[0], t, 0);
+        promote(o, row[1], t, 1);
     }
 
-    // A row whose bound has moved in `tile` is brought to the new bound.
-    __device__ void follow_bound(int tile) {
+    // What was summed before a bound moved in the latest tile is brought to the new bound. `in_o`: all of it
+    // is in O already.
+    __device__ void follow_bound(bool in_o) {
         if (!__any_sync(FULL_MASK, row[0].moved() || row[1].moved())) return;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             if (!row[r].moved()) continue;
-            if (tile % PROMOTE_EVERY != 0) promote(o, row[r], t, r);
+            if (!in_o) promote(o, row[r], t, r);
             rescale(o, row[r], r);
 #pragma unroll
             for (int i = 0; i < V_ROWS / 8; ++i) t[2 * i + r] = 0;
         }
     }
 
-    __device__ void promote_all() {
-        promote(o, row[0], t, 0);
-        promote(o, row[1], t, 1);
+    __device__ void next_scores() {
+        ring.advance();
+        start_scores();
     }
 
-    // Q K^T of `tile` and P V of the one before, then P of `tile`.
-    __device__ void step(const WorkItem& item, int tile) {
-        RingPosition last = ring;
-        ring.advance();
-        float k_scale = wait_k(ring.stage, ring.parity);
-        issue_qk(s, q, descriptor_low(stage_address(ring) + K_OFFSET, 16));
-        issue_products(last, tile - 1);
-        if (OVERLAP) {
-            unsigned next_p[2 * WORDS];
+    // One of UNROLLED unmasked tiles, whose Q K^T is under way: P V of the tile before it, in stage `last`,
+    // under its softmax, then the next one's Q K^T and so on.
+    template <int I>
+    __device__ void step(unsigned (&p)[2 * WORDS], unsigned (&next_p)[2 * WORDS], int last, bool accumulate) {
+        start_values(p, last, accumulate);
+        wgmma_wait<1>();
+        const int visible[2] = {BLOCK_N, BLOCK_N};
+        softmax_tile(next_p, row, s, visible, k_scale, false);
+        if constexpr (I + 1 < UNROLLED) {
+            int current = ring.stage;
+            next_scores();
             wgmma_wait<1>();
-            softmax(next_p, item, tile, k_scale);
-            wgmma_wait<0>();
-            release(EMPTY + last.stage);
-            if (tile % PROMOTE_EVERY == 0) promote_all();
-#pragma unroll
-            for (int i = 0; i < 2 * WORDS; ++i) p[i] = next_p[i] ^ (problem.seq_q >> 31);  // not a move: C7513
+            release(EMPTY + last);
+            follow_bound(false);
+            step<I + 1>(next_p, p, current, true);
         } else {
             wgmma_wait<0>();
-            release(EMPTY + last.stage);
-            if (tile % PROMOTE_EVERY == 0) promote_all();
-            softmax(p, item, tile, k_scale);
+            release(EMPTY + last);
         }
-        follow_bound(tile);
     }
 
+    // O and l of a work item that sees keys.
     __device__ void attend(const WorkItem& item) {
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0.0f;
-        if (item.num_tiles == 0) return release(Q_EMPTY);
-        float k_scale = wait_k(ring.stage, ring.parity);
-        issue_qk(s, q, descriptor_low(stage_address(ring) + K_OFFSET, 16));
+        start_scores();
         wgmma_wait<0>();
-        softmax(p, item, 0, k_scale);
-        for (int tile = 1; tile < item.num_tiles; ++tile) step(item, tile);
-        release(Q_EMPTY);
-        issue_products(ring, item.num_tiles - 1);
+        softmax(p, item, 0);
+        row[0].alpha = row[1].alpha = 1.0f;  // there are no sums yet
+        int tile = 1;
+        for (; tile + UNROLLED <= item.num_plain_tiles; tile += UNROLLED) {
+            unsigned next_p[2 * WORDS];
+            int last = ring.stage;
+            bool begins_interval = (tile - 1) % PROMOTE_EVERY == 0;
+            next_scores();
+            if (tile > 1 && begins_interval) promote_all();
+            follow_bound(begins_interval);
+            step<0>(p, next_p, last, !begins_interval);
+        }
+        for (; tile < item.num_tiles; ++tile) {
+            unsigned next_p[2 * WORDS];
+            int last = ring.stage;
+            bool begins_interval = (tile - 1) % PROMOTE_EVERY == 0;
+            next_scores();
+            if (tile > 1 && begins_interval) promote_all();
+            follow_bound(begins_interval);
+            start_values(p, last, !begins_interval);
+            wgmma_wait<1>();
+            softmax(next_p, item, tile);
+            wgmma_wait<0>();
+            release(EMPTY + last);
+#pragma unroll
+            for (int i = 0; i < 2 * WORDS; ++i) p[i] = next_p[i] ^ (problem.seq_q >> 31);  // not a move: C7513
+        }
+        bool begins_interval = (tile - 1) % PROMOTE_EVERY == 0;
+        if (tile > 1 && begins_interval) promote_all();
+        follow_bound(begins_interval);
+        start_values(p, ring.stage, !begins_interval);
         wgmma_wait<0>();
         release(EMPTY + ring.stage);
         promote_all();
@@ -422,30 +460,37 @@ __device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_
     int warpgroup = __shfl_sync(FULL_MASK, threadIdx.x / 128, 0) - 1, lane = threadIdx.x % 32;
     int row_in_block = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
     int num_items = heads * problem.num_row_blocks();
-    Consumer consumer{problem, shared, descriptor_low(shared + warpgroup * 64 * ROW_BYTES, 16)};
+    Consumer consumer{problem, shared};
     for (int n = 0, index; (index = work_index(n)) < num_items; ++n) {
         WorkItem item(problem, heads, index);
-        const ItemScales& scales = item_scales[n % 2];
+        int buffer = n % 2;
+        const ItemScales& scales = item_scales[buffer];
+        consumer.q = descriptor_low(shared + buffer * Q_BYTES + warpgroup * 64 * ROW_BYTES, 16);
         consumer.first_row = item.row_block * BLOCK_M + row_in_block;
-        mbarrier_wait(barrier(shared, Q_FULL), n & 1);
+        mbarrier_wait(barrier(shared, Q_FULL + buffer), n / 2 & 1);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float q_scale = scales.q_scale[row_in_block + 8 * r];
             consumer.row[r] = Row{{limited_row_scale(q_scale, scales.k_scale_max[0]), minus_infinity()}, 0.0f};
         }
-        consumer.attend(item);
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 2; ++i) consumer.o[i] = 0.0f;
+        if (item.num_tiles > 0) consumer.attend(item);
 
         int b = item.head / problem.num_heads_q, h = item.head % problem.num_heads_q;
         unsigned short* head = static_cast<unsigned short*>(out.o) + b * out.stride_b + h * out.stride_h;
+        unsigned short* destination[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            int row = item.row_block * BLOCK_M + row_in_block + 8 * r;
-            if (row >= problem.seq_q) continue;
-            write_row(out, head + row * out.stride_s, consumer.o, consumer.row[r], r, scales);
-            if (RETURN_LSE && lane % 4 == 0)
+            int row = consumer.first_row + 8 * r;
+            destination[r] = row < problem.seq_q ? head + row * out.stride_s : nullptr;
+            if (RETURN_LSE && destination[r] && lane % 4 == 0)
                 out.lse[static_cast<long long>(item.head) * problem.seq_q + row] = row_lse(
                     consumer.row[r].bound, consumer.row[r].l, sm_scale, scales.q_mean_dot[row_in_block + 8 * r]);
         }
+        if (out.vectors()) write_rows<true>(destination, out.head_dim, consumer.o, consumer.row, scales);
+        else write_rows<false>(destination, out.head_dim, consumer.o, consumer.row, scales);
+        consumer.release(Q_EMPTY + buffer);
     }
 }
 
@@ -460,11 +505,12 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
     ItemScales* item_scales = reinterpret_cast<ItemScales*>(dynamic_shared + ITEM_OFFSET);
     Problem problem{num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset};
     if (threadIdx.x == 0) {
-        mbarrier_init(barrier(shared, Q_FULL), 1);
-        mbarrier_init(barrier(shared, Q_EMPTY), CONSUMER_THREADS / 32);
+        for (int buffer = 0; buffer < 2; ++buffer) {
+            mbarrier_init(barrier(shared, Q_FULL + buffer), 1);
+            mbarrier_init(barrier(shared, Q_EMPTY + buffer), CONSUMER_THREADS / 32);
+        }
         for (int stage = 0; stage < STAGES; ++stage) {
-            mbarrier_init(barrier(shared, K_FULL + stage), 1);
-            mbarrier_init(barrier(shared, V_FULL + stage), 1);
+            mbarrier_init(barrier(shared, FULL + stage), 1);
             mbarrier_init(barrier(shared, EMPTY + stage), CONSUMER_THREADS / 32);
         }
         mbarrier_fence_init();

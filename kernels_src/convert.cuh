@@ -5,11 +5,10 @@
 
 // ---- input -------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint4 load_16_bytes(const void* p) {
-    uint4 x;
-    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
-    return x;
+// 16 bytes to shared memory, zeros unless they exist.
+__device__ __forceinline__ void copy_16_bytes(uint4* to, const void* from, bool exist) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(from), "r"(exist ? 16 : 0) : "memory");
 }
 
 // The two numbers of a word, exactly.
@@ -24,12 +23,13 @@ __device__ __forceinline__ float2 widen(unsigned pair) {
 #endif
 }
 
+// NaN where one of the two is NaN.
 __device__ __forceinline__ unsigned min_pair(unsigned a, unsigned b) {
     unsigned c;
 #if IN_BF16
-    asm("min.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
 #else
-    asm("min.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
 #endif
     return c;
 }
@@ -37,9 +37,9 @@ __device__ __forceinline__ unsigned min_pair(unsigned a, unsigned b) {
 __device__ __forceinline__ unsigned max_pair(unsigned a, unsigned b) {
     unsigned c;
 #if IN_BF16
-    asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
 #else
-    asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
 #endif
     return c;
 }
@@ -56,18 +56,23 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
 // ---- E4M3, nearest even ------------------------------------------------------------------------
 
 #if !V_F16  // E4M3 needs sm_89
-// Two codes in 16 bits, the first in the low byte.
-__device__ __forceinline__ unsigned short to_e4m3_pair(float low, float high) {
-    unsigned short pair;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-    return pair;
+// Four codes in a word, the first in the low byte.
+__device__ __forceinline__ unsigned to_e4m3(const float (&x)[4]) {
+    unsigned word;
+    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\nmov.b32 %0, {low, high};\n}"
+        : "=r"(word) : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
+    return word;
 }
 
-__device__ __forceinline__ float2 from_e4m3_pair(unsigned short pair) {
-    float2 x;
-    asm("{\n.reg .b16 low, high;\n.reg .b32 halves;\ncvt.rn.f16x2.e4m3x2 halves, %2;\n"
-        "mov.b32 {low, high}, halves;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
-        : "=f"(x.x), "=f"(x.y) : "h"(pair));
-    return x;
+// Reads the word, never the two halves that it was made of: ptxas 12.9 joins their conversions into one
+// instruction, and what reads a half then reads a register that was not written.
+__device__ __forceinline__ void from_e4m3(unsigned word, float (&x)[4]) {
+    asm volatile("" : "+r"(word));
+    asm("{\n.reg .b16 low, high, a, b, c, d;\n.reg .b32 first, second;\nmov.b32 {low, high}, %4;\n"
+        "cvt.rn.f16x2.e4m3x2 first, low;\ncvt.rn.f16x2.e4m3x2 second, high;\n"
+        "mov.b32 {a, b}, first;\nmov.b32 {c, d}, second;\n"
+        "cvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\ncvt.f32.f16 %2, c;\ncvt.f32.f16 %3, d;\n}"
+        : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(word));
 }
 #endif

@@ -1,11 +1,14 @@
 // Q, K and V to INT8, INT8 and E4M3 (or FP16), in tiles ready for the attention kernels: sections 1 to
 // 3 of docs/numerics.md, and `reference/quantize.py` step by step.
 //
-// Four kernels: `statistics` and `finish_statistics` (what is known of each channel), `quantize` (all
-// codes and scales), `finish_v_offset` (prefix sums over the key tiles).
+// One launch. Its CTAs are small and start in order: those of the statistics of a KV head some heads ahead
+// of those that quantise it, which then read K and V from the L2 cache and rarely wait. The CTA that
+// arrives last finishes what all have contributed to (`progress.cuh`).
 
 #include "ptx.cuh"
 #include "statistics.cuh"
+
+constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 constexpr int KEY_GROUPS = 4;            // scales of K a tile
 constexpr int GROUP_KEYS = BLOCK_N / KEY_GROUPS;
@@ -13,12 +16,69 @@ constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;  // bytes of a row of Q o
 constexpr int V_CHUNK_KEYS = V_F16 ? 8 : 16;            // keys in 16 bytes of V
 constexpr int V_CHUNKS = BLOCK_N / V_CHUNK_KEYS;
 constexpr int V_ROWS = HEAD_DIM + ROW_SUM_ROWS;
-constexpr int Q_BLOCK_ROWS = 64;         // rows that a CTA quantises
-// Warps that share a key group: as few as its values fit the registers of.
-constexpr int GROUP_VALUES = GROUP_KEYS * HEAD_DIM / 32, MAX_VALUES = 32;
-constexpr int GROUP_WARPS = GROUP_VALUES <= MAX_VALUES ? 1 : GROUP_VALUES <= 2 * MAX_VALUES ? 2 : 4;
 
-static_assert(BLOCK_M % Q_BLOCK_ROWS == 0, "a CTA quantises 64 rows of a query tile");
+// Q and K: ROW_THREADS threads share a row, BLOCKS blocks of 8 channels each. Block b of thread t is number
+// `input_block` of the row before the rotation and `output_block` after it.
+constexpr int ROW_THREADS = HEAD_DIM < 128 ? 2 : 4, THREAD_BITS = ROW_THREADS / 2, WARP_ROWS = 32 / ROW_THREADS;
+constexpr int BLOCKS = HEAD_DIM / (8 * ROW_THREADS);
+constexpr int PASS_ROWS = THREADS / ROW_THREADS, PASSES = larger(128 / PASS_ROWS, 1);
+constexpr int Q_CTA_ROWS = PASSES * PASS_ROWS;
+// Warps that share a key group, and key groups of a pass and of a CTA.
+constexpr int GROUP_WARPS = GROUP_KEYS <= WARP_ROWS ? 1 : GROUP_KEYS <= 2 * WARP_ROWS ? 2 : 4;
+constexpr int PASS_GROUPS = WARPS / GROUP_WARPS;
+constexpr int K_PASSES = PASSES * PASS_GROUPS < KEY_GROUPS ? PASSES : KEY_GROUPS / PASS_GROUPS;
+constexpr int K_CTAS = KEY_GROUPS / (K_PASSES * PASS_GROUPS);  // a tile
+
+constexpr int V_WIDTH = HEAD_DIM / 64, V_STEP = WARPS / V_WIDTH;  // warps side by side, and chunks of a step
+constexpr int V_STEPS = ceil_div(V_CHUNKS, V_STEP), V_KEYS = V_CHUNK_KEYS / KEY_GROUPS;
+
+__device__ __forceinline__ int row_thread() { return threadIdx.x % ROW_THREADS; }
+__device__ __forceinline__ int warp_row() { return threadIdx.x % 32 / ROW_THREADS; }
+
+__device__ __forceinline__ int input_block(int b) { return b ^ row_thread() | row_thread() * BLOCKS; }
+__device__ __forceinline__ int output_block(int b) {
+    return row_thread() | b / ROW_THREADS * ROW_THREADS | b % ROW_THREADS * BLOCKS;
+}
+
+// Of the channels.
+struct Factors {
+    __align__(16) float of_channel[HEAD_DIM];
+
+    // There after `cp_async_wait` and a barrier.
+    __device__ __forceinline__ void copy(const float* from) {
+        for (int i = 4 * threadIdx.x; i < HEAD_DIM; i += 4 * THREADS) cp_async_16(shared_address(of_channel + i), from + i);
+    }
+    __device__ __forceinline__ void load(int block, float (&x)[8]) const {
+        load_floats(of_channel + 8 * input_block(block), x);
+    }
+};
+
+constexpr int CODE_CHUNKS = HEAD_DIM / 16;  // 16 bytes of codes each
+
+struct Shared {
+    union {
+        struct {  // of Q and K, for each pass; codes take the place of the rows that they are made of
+            union {
+                uint4 rows[WARP_ROWS][HEAD_DIM / 8];
+                uint2 codes[WARP_ROWS * CODE_CHUNKS][2];
+                uint4 code_chunks[WARP_ROWS * CODE_CHUNKS];
+            } of_warp[WARPS];
+        } passes[PASSES];
+        // Of V, 16 keys of 64 channels for each warp and step.
+        unsigned v[V_STEPS][WARPS][KEY_GROUPS * V_KEYS][32];
+        StatisticsShared statistics;
+        uint4 range_sums[THREADS];
+    };
+    union {
+        struct {
+            Factors mean, factor;
+            float warp_amax[PASSES][WARPS];
+        };
+        unsigned lost[WARPS][64];
+    };
+};
+
+static_assert(GROUP_KEYS <= GROUP_WARPS * WARP_ROWS, "a CTA holds a key group");
 static_assert(BLOCK_N % 16 == 0, "16 bytes of E4M3 are 4 keys of each key group");
 
 // Adding it to |x| < 2^22 rounds x to an integer, to nearest even, and leaves it in the low bits.
@@ -31,57 +91,70 @@ constexpr float ROUNDING = 12582912.0f;
 // What a thread has of a row: [block of 8 channels][channel].
 typedef float RowValues[BLOCKS][8];
 
-// Walsh-Hadamard butterflies of step 1, 2, ... HEAD_DIM / 2.
+__device__ __forceinline__ float sign_of_thread(int bit) { return threadIdx.x >> bit & 1 ? -1.0f : 1.0f; }
+
+// Walsh-Hadamard butterflies of step 1, 2, ... HEAD_DIM / 2. The last ones are between threads: each of two
+// threads gives away half of its blocks and has both sides of the other half. That half is the same for all
+// threads, because the butterflies before leave sum and difference in opposite places (1 * x + y and -1 * x + y
+// are one instruction, rounded as the sum and the difference are). `output_sign` says which results are negated.
 __device__ __forceinline__ void rotate(RowValues& x) {
 #pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
+    for (int h = 1; h < 8; h *= 2) {
 #pragma unroll
-        for (int h = 1; h < 8; h *= 2) {
-#pragma unroll
-            for (int d = 0; d < 8; ++d) {
-                if (d & h) continue;
-                const float low = x[block][d], high = x[block][d + h];
-                x[block][d] = __fadd_rn(low, high);
-                x[block][d + h] = __fsub_rn(low, high);
-            }
-        }
-    }
-#pragma unroll
-    for (int lanes = 1; lanes < ROW_THREADS; lanes *= 2) {
-        // 1 * x + other and -1 * x + other: one instruction, rounded as the sum and the difference are
-        const float sign = threadIdx.x & lanes ? -1.0f : 1.0f;
-#pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
-#pragma unroll
-            for (int d = 0; d < 8; ++d) {
-                const float other = __shfl_xor_sync(~0u, x[block][d], lanes);
-                x[block][d] = __fmaf_rn(x[block][d], sign, other);
-            }
+        for (int i = 0; i < 8 * BLOCKS; ++i) {
+            if (i & h) continue;
+            float &low = x[i / 8][i % 8], &high = x[i / 8][i % 8 + h];
+            const float difference = __fsub_rn(low, high);
+            low = __fadd_rn(low, high);
+            high = difference;
         }
     }
 #pragma unroll
     for (int h = 1; h < BLOCKS; h *= 2) {
+        const float sign = h < ROW_THREADS ? sign_of_thread(h / 2) : 1.0f;
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
-            if (block & h) continue;
+        for (int i = 0; i < 8 * BLOCKS; ++i) {
+            if (i / 8 & h) continue;
+            float &low = x[i / 8][i % 8], &high = x[i / 8 + h][i % 8];
+            const float difference = __fmaf_rn(high, -sign, low);
+            low = __fmaf_rn(low, sign, high);
+            high = difference;
+        }
+    }
 #pragma unroll
-            for (int d = 0; d < 8; ++d) {
-                const float low = x[block][d], high = x[block + h][d];
-                x[block][d] = __fadd_rn(low, high);
-                x[block + h][d] = __fsub_rn(low, high);
-            }
+    for (int h = 1; h < ROW_THREADS; h *= 2) {
+#pragma unroll
+        for (int i = 0; i < 8 * BLOCKS; ++i) {
+            if (i / 8 & h) continue;
+            float &kept = x[i / 8][i % 8], &given = x[i / 8 + h][i % 8];
+            const float other = __shfl_xor_sync(~0u, given, h);
+            given = __fsub_rn(kept, other);
+            kept = __fadd_rn(kept, other);
         }
     }
 }
 
-// Largest magnitude, NaN if a value is NaN.
-__device__ __forceinline__ float largest(const RowValues& x, float amax) {
+// Of block b after the rotation.
+__device__ __forceinline__ float output_sign(int b) {
+    float sign = 1.0f;
 #pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
-#pragma unroll
-        for (int d = 0; d < 8; ++d) amax = max_or_nan(amax, fabsf(x[block][d]));
+    for (int bit = 0; bit < THREAD_BITS; ++bit) {
+        if (b >> bit & 1) sign *= sign_of_thread(bit);
     }
-    return amax;
+    return sign;
+}
+
+// Largest magnitude, NaN if a value is NaN.
+__device__ __forceinline__ float largest(const RowValues& x) {
+    float amax[BLOCKS] = {};  // independent of each other
+#pragma unroll
+    for (int d = 0; d < 8; ++d) {
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block) amax[block] = max_or_nan(amax[block], fabsf(x[block][d]));
+    }
+#pragma unroll
+    for (int block = 1; block < BLOCKS; ++block) amax[0] = max_or_nan(amax[0], amax[block]);
+    return amax[0];
 }
 
 // Over groups of `lanes` threads.
@@ -118,43 +191,77 @@ __device__ __forceinline__ uint2 int8_codes(const float (&x)[8], float inverse) 
     return make_uint2(__byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[2], pair[3], 0x5410));
 }
 
-// Codes of one row into a tile of `rows` rows, [panel][row][PANEL], 16-byte chunks swizzled.
-__device__ __forceinline__ void store_codes(signed char* tile, int rows, int row, const RowValues& x,
+// Of 16-byte chunks in a row of codes.
+__device__ __forceinline__ int swizzle(int row) { return PANEL == 128 ? row & 7 : row >> 1 & 3; }
+
+// Codes of a warp's rows into a tile of `rows` rows, [panel][row][PANEL], 16-byte chunks swizzled; warp row r
+// is row `tile_row(r)` of the tile, or nowhere if that is negative. By way of shared memory: whole lines are
+// written at once.
+template <class Pass, class TileRow>
+__device__ __forceinline__ void store_codes(Pass& pass, signed char* tile, int rows, TileRow tile_row, const RowValues& x,
                                             float inverse) {
-    const int swizzle = PANEL == 128 ? row & 7 : row >> 1 & 3;
+    auto& shared = pass.of_warp[threadIdx.x / 32];
+    const int lane = threadIdx.x % 32;
+    __syncwarp();
 #pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
-        const int channel = block_channel(block), panel = channel / PANEL, chunk = channel % PANEL / 16;
-        const int offset = (panel * rows + row) * PANEL + (chunk ^ swizzle) * 16 + channel % 16;
-        *reinterpret_cast<uint2*>(tile + offset) = int8_codes(x[block], inverse);
+    for (int b = 0; b < BLOCKS; ++b) {
+        const int block = output_block(b), chunk = block / 2 ^ swizzle(warp_row());
+        shared.codes[warp_row() * CODE_CHUNKS + chunk][block % 2] = int8_codes(x[b], inverse * output_sign(b));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < WARP_ROWS * CODE_CHUNKS; j += 32) {
+        const int i = j + lane, r = i / CODE_CHUNKS, chunk = i % CODE_CHUNKS, row = tile_row(r);
+        const int panel = chunk / (PANEL / 16), place = (chunk % (PANEL / 16)) ^ swizzle(row);
+        if (row >= 0)
+            reinterpret_cast<uint4*>(tile)[(panel * rows + row) * (PANEL / 16) + place] =
+                shared.code_chunks[r * CODE_CHUNKS + (chunk ^ swizzle(r))];
     }
 }
 
-// 64 rows of one head of Q.
-__device__ __forceinline__ void quantize_q(const Rows& rows, int seq_q, int first_row, const float* k_mean,
-                                           const float* q_factor, signed char* codes, float* scale,
-                                           float* mean_dot, float softmax_scale) {
-    constexpr int PASSES = Q_BLOCK_ROWS / (WARPS * WARP_ROWS);
-    const int row_0 = first_row + threadIdx.x / 32 * WARP_ROWS + warp_row();
-    uint4 raw[PASSES][BLOCKS];
+// Rows `first, first + 1, ...` below `end` for a warp's pass.
+template <class Pass> __device__ __forceinline__ void copy_rows(Pass& pass, const Rows& rows, int first, int end) {
+    constexpr int VECTORS = HEAD_DIM / 8, STEP = 32 / VECTORS;  // threads that copy a row, rows at a time
+    const int vector = threadIdx.x % VECTORS, r = threadIdx.x % 32 / VECTORS;
+    const Half* p = rows.at(first + r, 8 * vector);
 #pragma unroll
+    for (int i = 0; i < WARP_ROWS; i += STEP, p += STEP * rows.stride)
+        rows.copy(&pass.of_warp[threadIdx.x / 32].rows[r + i][vector], p, 8 * vector, first + r + i < end);
+    cp_async_commit();
+}
+
+// Q_CTA_ROWS rows of one head of Q.
+__device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int seq_q, int padded_rows, int first_row,
+                                           const unsigned& statistics, const float* k_mean, const float* q_factor,
+                                           signed char* codes, float* scale, float* mean_dot, float softmax_scale) {
+    const auto copy_pass = [&](int pass) {
+        copy_rows(shared.passes[pass], rows, first_row + pass * PASS_ROWS + threadIdx.x / 32 * WARP_ROWS, seq_q);
+    };
+    copy_pass(0);
+    wait(statistics, STATISTICS_DONE);
+    shared.factor.copy(q_factor);
+    if (WITH_MEAN_DOT) shared.mean.copy(k_mean);
+    cp_async_commit();
+#pragma unroll
+    for (int pass = 1; pass < PASSES; ++pass) copy_pass(pass);
+    cp_async_wait<PASSES - 1>();
+    __syncthreads();
+#pragma unroll 1  // the code of all roles should fit the instruction cache
     for (int pass = 0; pass < PASSES; ++pass) {
-        const int row = row_0 + pass * WARPS * WARP_ROWS;
-#pragma unroll
-        for (int block = 0; block < BLOCKS; ++block)
-            raw[pass][block] = row < seq_q ? rows.load(row, block_channel(block)) : make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
-    for (int pass = 0; pass < PASSES; ++pass) {
-        const int row = row_0 + pass * WARPS * WARP_ROWS;
+        const int row = first_row + pass * PASS_ROWS + threadIdx.x / ROW_THREADS;
+        if (row - warp_row() >= padded_rows) return;
+        if (pass > 0) {
+            cp_async_wait<0>();
+            __syncwarp();
+        }
         RowValues x;
         float dot[BLOCKS];
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block) {
             float factor[8], mean[8];
-            widen(raw[pass][block], x[block]);
-            load_floats(q_factor + block_channel(block), factor);
-            if (WITH_MEAN_DOT) load_floats(k_mean + block_channel(block), mean);
+            widen(shared.passes[pass].of_warp[threadIdx.x / 32].rows[warp_row()][input_block(block)], x[block]);
+            shared.factor.load(block, factor);
+            if (WITH_MEAN_DOT) shared.mean.load(block, mean);
             dot[block] = 0.0f;
 #pragma unroll
             for (int d = 0; d < 8; ++d) {
@@ -163,274 +270,344 @@ __device__ __forceinline__ void quantize_q(const Rows& rows, int seq_q, int firs
             }
         }
         rotate(x);
-        const float amax = largest_of_lanes(largest(x, 0.0f), ROW_THREADS);
+        const float amax = largest_of_lanes(largest(x), ROW_THREADS);
         float inverse, row_scale = __fmul_rn(__fdiv_rn(amax, 127.0f), softmax_scale);
         if (!is_finite(amax)) row_scale = __int_as_float(0x7FFFFFFF);
         if (!usual_inverse(amax, inverse)) {
             unusual_values(x, amax);
             inverse = 1.0f;
         }
-        store_codes(codes + static_cast<long long>(row / BLOCK_M) * BLOCK_M * HEAD_DIM, BLOCK_M, row % BLOCK_M,
-                    x, inverse);
         if (WITH_MEAN_DOT) {
-#pragma unroll
-            for (int lanes = 1; lanes < ROW_THREADS; lanes *= 2) {
-#pragma unroll
-                for (int block = 0; block < BLOCKS; ++block)
-                    dot[block] = __fadd_rn(dot[block], __shfl_xor_sync(~0u, dot[block], lanes));
-            }
 #pragma unroll
             for (int h = 1; h < BLOCKS; h *= 2) {
 #pragma unroll
                 for (int block = 0; block < BLOCKS; block += 2 * h)
                     dot[block] = __fadd_rn(dot[block], dot[block + h]);
             }
-            if (row_thread() == 0) mean_dot[row] = dot[0];
+#pragma unroll
+            for (int lanes = 1; lanes < ROW_THREADS; lanes *= 2)
+                dot[0] = __fadd_rn(dot[0], __shfl_xor_sync(~0u, dot[0], lanes));
         }
-        if (row_thread() == 0) scale[row] = row_scale;
+        const int first = row - warp_row();
+        store_codes(shared.passes[pass], codes + static_cast<long long>(first / BLOCK_M) * BLOCK_M * HEAD_DIM, BLOCK_M,
+                    [=](int r) { return first % BLOCK_M + r; }, x, inverse);
+        if (row_thread() == 0) {
+            scale[row] = row_scale;
+            if (WITH_MEAN_DOT) mean_dot[row] = dot[0];
+        }
     }
 }
 
-// The key groups `part * (WARPS / GROUP_WARPS) ...` of a tile, GROUP_WARPS warps each.
-__device__ __forceinline__ void quantize_k(const Rows& rows, int seq_kv, int tile, int part,
-                                           const float* k_mean, const float* k_factor, signed char* codes,
-                                           float* scale, float* scale_max) {
-    constexpr int PASS_KEYS = GROUP_WARPS * WARP_ROWS, PASSES = ceil_div(GROUP_KEYS, PASS_KEYS);
-    const int warp = threadIdx.x / 32;
-    const int group = part * (WARPS / GROUP_WARPS) + warp / GROUP_WARPS;
-    const int first = warp % GROUP_WARPS * WARP_ROWS + warp_row();  // place in the group, of pass 0
-    const int group_key = tile * BLOCK_N + group * GROUP_KEYS;
-    const int keys = min(GROUP_KEYS, seq_kv - group_key);  // that exist; may be negative
-    uint4 raw[PASSES][BLOCKS];
+// A part of the key groups of a tile, K_PASSES * PASS_GROUPS of them.
+__device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int seq_kv, int tile, int part,
+                                           const unsigned& statistics, const float* k_mean, const float* k_factor,
+                                           signed char* codes, float* scale, float* scale_max) {
+    const int warp = threadIdx.x / 32, group_0 = part * (K_PASSES * PASS_GROUPS) + warp / GROUP_WARPS;
+    const int place = warp % GROUP_WARPS * WARP_ROWS + warp_row();  // in the group
+    const bool in_group = GROUP_KEYS % (GROUP_WARPS * WARP_ROWS) == 0 || place < GROUP_KEYS;
+    const int key_0 = tile * BLOCK_N + group_0 * GROUP_KEYS + place;
+    const auto copy_pass = [&](int pass) {
+        const int group_key = tile * BLOCK_N + (group_0 + pass * PASS_GROUPS) * GROUP_KEYS;
+        copy_rows(shared.passes[pass], rows, group_key + warp % GROUP_WARPS * WARP_ROWS, min(group_key + GROUP_KEYS, seq_kv));
+    };
+    copy_pass(0);
+    const bool special = wait(statistics, STATISTICS_DONE);
+    shared.factor.copy(k_factor);
+    shared.mean.copy(k_mean);
+    cp_async_commit();
 #pragma unroll
-    for (int pass = 0; pass < PASSES; ++pass) {
-        const int place = first + pass * PASS_KEYS;
-#pragma unroll
-        for (int block = 0; block < BLOCKS; ++block)
-            raw[pass][block] = place < keys ? rows.load(group_key + place, block_channel(block))
-                                            : make_uint4(0, 0, 0, 0);
-    }
-    RowValues x[PASSES];
-    float amax = 0.0f;
-#pragma unroll
-    for (int pass = 0; pass < PASSES; ++pass) {
-        const bool exists = first + pass * PASS_KEYS < keys;
+    for (int pass = 1; pass < K_PASSES; ++pass) copy_pass(pass);
+    cp_async_wait<K_PASSES - 1>();
+    __syncthreads();
+#pragma unroll 1
+    for (int pass = 0; pass < K_PASSES; ++pass) {
+        const int group = group_0 + pass * PASS_GROUPS;
+        if (pass > 0) {
+            cp_async_wait<0>();
+            __syncwarp();
+        }
+        uint4* row = shared.passes[pass].of_warp[warp].rows[warp_row()];
+        if (special) {
+#pragma unroll 1
+            for (int block = 0; block < BLOCKS; ++block) row[input_block(block)] = finite(row[input_block(block)]);
+        }
+        RowValues x;
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block) {
             float mean[8], factor[8];
-            load_floats(k_mean + block_channel(block), mean);
-            load_floats(k_factor + block_channel(block), factor);
-            widen(finite(raw[pass][block]), x[pass][block]);
+            shared.mean.load(block, mean);
+            shared.factor.load(block, factor);
+            widen(row[input_block(block)], x[block]);
 #pragma unroll
-            for (int d = 0; d < 8; ++d) {
-                const float centred = __fsub_rn(x[pass][block][d], mean[d]);
-                x[pass][block][d] = exists ? __fmul_rn(centred, factor[d]) : 0.0f;
+            for (int d = 0; d < 8; ++d) x[block][d] = __fmul_rn(__fsub_rn(x[block][d], mean[d]), factor[d]);
+        }
+        if (GROUP_KEYS % (GROUP_WARPS * WARP_ROWS) != 0 || (tile + 1) * BLOCK_N > seq_kv) {
+            if (!in_group || key_0 + pass * (PASS_GROUPS * GROUP_KEYS) >= seq_kv) {
+#pragma unroll
+                for (int block = 0; block < BLOCKS; ++block) {
+#pragma unroll
+                    for (int d = 0; d < 8; ++d) x[block][d] = 0.0f;
+                }
             }
         }
-        rotate(x[pass]);
-        amax = largest(x[pass], amax);
-    }
-    amax = largest_of_lanes(amax, 32);
-    if (GROUP_WARPS > 1) {
-        __shared__ float warp_amax[WARPS];
-        if (threadIdx.x % 32 == 0) warp_amax[warp] = amax;
-        __syncthreads();
+        rotate(x);
+        float amax = largest_of_lanes(largest(x), 32);
+        if (GROUP_WARPS > 1) {
+            if (threadIdx.x % 32 == 0) shared.warp_amax[pass][warp] = amax;
+            __syncthreads();
+            const float* of_warp = shared.warp_amax[pass] + warp / GROUP_WARPS * GROUP_WARPS;
 #pragma unroll
-        for (int i = 0; i < GROUP_WARPS; ++i) amax = fmaxf(amax, warp_amax[warp / GROUP_WARPS * GROUP_WARPS + i]);
-    }
-    float inverse;
-    const bool usual = usual_inverse(amax, inverse);
-#pragma unroll
-    for (int pass = 0; pass < PASSES; ++pass) {
-        const int place = first + pass * PASS_KEYS;
-        if (!usual) {
-            unusual_values(x[pass], amax);
+            for (int i = 0; i < GROUP_WARPS; ++i) amax = max_or_nan(amax, of_warp[i]);
+        }
+        float inverse;
+        if (!usual_inverse(amax, inverse)) {
+            unusual_values(x, amax);
             inverse = 1.0f;
         }
-        if (GROUP_KEYS % PASS_KEYS == 0 || place < GROUP_KEYS)
-            store_codes(codes, BLOCK_N, place / 2 * 8 + group * 2 + place % 2, x[pass], inverse);
-    }
-    if (warp % GROUP_WARPS == 0 && threadIdx.x % 32 == 0) {
-        const float group_scale = __fdiv_rn(amax, 127.0f);
-        scale[group] = group_scale;
-        atomicMax(reinterpret_cast<int*>(scale_max), __float_as_int(group_scale));  // not negative
+        store_codes(shared.passes[pass], codes, BLOCK_N, [=](int r) {
+            const int p = place - warp_row() + r;
+            return p < GROUP_KEYS ? p / 2 * 8 + group * 2 + p % 2 : -1;
+        }, x, inverse);
+        if (warp % GROUP_WARPS == 0 && threadIdx.x % 32 == 0) {
+            const float group_scale = __fdiv_rn(amax, 127.0f);
+            scale[group] = group_scale;
+            atomicMax(reinterpret_cast<int*>(scale_max), __float_as_int(group_scale));  // not negative
+        }
     }
 }
 
 // ---- 3. V --------------------------------------------------------------------------------------
 
-// The 4 threads with the same channels (lane % 8) hold a word of each of 8 channels, one a key group:
-// they exchange them, so that thread t has the 16 bytes of channels t (in `low`) and t + 4 (in `high`).
-__device__ __forceinline__ void transpose(unsigned (&word)[8], int t, uint4& low, uint4& high) {
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            if (i & step) continue;
-            const bool upper = t & step;
-            const unsigned other = __shfl_xor_sync(~0u, upper ? word[i] : word[i + step], step * ROW_THREADS);
-            (upper ? word[i] : word[i + step]) = other;
-        }
-    }
-    low = make_uint4(word[0], word[1], word[2], word[3]);
-    high = make_uint4(word[4], word[5], word[6], word[7]);
+// Where a channel is in a tile of V. For `wgmma` it is such that a thread that has columns 2t, 2t + 1 of every
+// group of 8 of the product has 8 neighbouring channels of every 32.
+__device__ __forceinline__ int v_row(int channel) {
+    if (!ROW_SUM_ROWS) return channel;
+    return channel & ~31 | (channel >> 1 & 3) << 3 | (channel >> 3 & 3) << 1 | channel & 1;
 }
 
-// Codes of one channel at KEYS consecutive places of P's fragment, as a word; adds up what they lost.
-template <int KEYS>
-__device__ __forceinline__ unsigned v_codes_word(const float (&y)[KEYS][8], int channel, unsigned& lost) {
+// Codes of one channel at consecutive places of P's fragment, as a word; adds up what they lost, each with
+// ROUNDING_BITS too many.
+__device__ __forceinline__ unsigned v_codes_word(const float (&y)[V_KEYS], unsigned& lost) {
 #if V_F16
-    return cvt_f16x2(y[0][channel], y[1][channel]);
+    return cvt_f16x2(y[0], y[1]);
 #else
-    unsigned word = 0;
+    const unsigned word = to_e4m3(y);
+    float value[4];
+    from_e4m3(word, value);
 #pragma unroll
-    for (int i = 0; i < KEYS; i += 2) {
-        const unsigned short codes = to_e4m3_pair(y[i][channel], y[i + 1][channel]);
-        const float2 value = from_e4m3_pair(codes);
-        word |= static_cast<unsigned>(codes) << 8 * i;
+    for (int i = 0; i < 4; i += 2) {
         // fma: the product by 65536 is exact, so this rounds to the integer, as to_int_rn does
-        lost += __float_as_uint(__fmaf_rn(__fsub_rn(y[i][channel], value.x), LOST_UNIT, ROUNDING));
-        lost += __float_as_uint(__fmaf_rn(__fsub_rn(y[i + 1][channel], value.y), LOST_UNIT, ROUNDING));
-        lost -= 2 * ROUNDING_BITS;
+        lost += __float_as_uint(__fmaf_rn(__fsub_rn(y[i], value[i]), LOST_UNIT, ROUNDING)) +
+                __float_as_uint(__fmaf_rn(__fsub_rn(y[i + 1], value[i + 1]), LOST_UNIT, ROUNDING));
     }
     return word;
 #endif
 }
 
 // One tile of V: a warp takes 16 bytes of keys of 64 channels at a time. codes: [V_CHUNKS][V_ROWS][16].
-__device__ __forceinline__ void quantize_v(const Rows& rows, int seq_kv, int tile, const float* v_mean,
-                                           const float* v_inverse, unsigned char* codes, int* lost_out) {
-    constexpr int KEYS = V_CHUNK_KEYS / KEY_GROUPS, CHUNK_STEP = WARPS / BLOCKS;
-    const int warp = threadIdx.x / 32, block = warp % BLOCKS, channel = block_channel(block);
-    const int t = warp_row();  // the key group
-    float mean[8], inverse[8];
-    load_floats(v_mean + channel, mean);
-    load_floats(v_inverse + channel, inverse);
-    unsigned lost[8] = {};
-#pragma unroll 2
-    for (int chunk = warp / BLOCKS; chunk < V_CHUNKS; chunk += CHUNK_STEP) {
-        const int key = tile * BLOCK_N + t * GROUP_KEYS + chunk * KEYS;
-        uint4 raw[KEYS];
+__device__ __forceinline__ void quantize_v(Shared& shared, const Rows& rows, int seq_kv, int tile, const unsigned& statistics,
+                                           const float* v_mean, const float* v_inverse, unsigned char* codes,
+                                           unsigned* lost_out) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_channel = warp % V_WIDTH * 64;
+    const int warp_key = tile * BLOCK_N + warp / V_WIDTH * V_KEYS;
+    const auto has_step = [=](int step) { return V_CHUNKS % V_STEP == 0 || warp / V_WIDTH + step * V_STEP < V_CHUNKS; };
+    const auto copy_step = [&](int step) {
+        if (!has_step(step)) return cp_async_commit();
+        const int t = lane / 8;  // the key group
+        const int key = warp_key + step * V_STEP * V_KEYS + t * GROUP_KEYS, channel = first_channel + lane % 8 * 8;
+        const Half* p = rows.at(key, channel);
 #pragma unroll
-        for (int i = 0; i < KEYS; ++i)
-            raw[i] = key + i < seq_kv ? rows.load(key + i, channel) : make_uint4(0, 0, 0, 0);
-        float y[KEYS][8];
+        for (int i = 0; i < V_KEYS; ++i, p += rows.stride)
+            rows.copy(reinterpret_cast<uint4*>(shared.v[step][warp][t * V_KEYS + i]) + lane % 8, p, channel, key + i < seq_kv);
+        cp_async_commit();
+    };
+    copy_step(0);
+    const bool special = wait(statistics, STATISTICS_DONE), whole = (tile + 1) * BLOCK_N <= seq_kv;
+    const int channel = first_channel + 2 * lane;
+    const float2 mean = __ldcg(reinterpret_cast<const float2*>(v_mean + channel));
+    const float2 inverse = __ldcg(reinterpret_cast<const float2*>(v_inverse + channel));
 #pragma unroll
-        for (int i = 0; i < KEYS; ++i) {
-            widen(finite(raw[i]), y[i]);
+    for (int step = 1; step < V_STEPS; ++step) copy_step(step);
+    unsigned lost[2] = {};
+#pragma unroll 1
+    for (int step = 0; step < V_STEPS; ++step) {
+        if (step == 0) cp_async_wait<V_STEPS - 1>();
+        else cp_async_wait<0>();
+        __syncwarp();
+        if (!has_step(step)) break;
+        if (special) {
+#pragma unroll 1
+            for (int i = 0; i < KEY_GROUPS * V_KEYS; ++i)
+                shared.v[step][warp][i][lane] = finite(shared.v[step][warp][i][lane]);
+        }
+        unsigned raw[KEY_GROUPS][V_KEYS];
 #pragma unroll
-            for (int d = 0; d < 8; ++d) {
-                const float scaled = __fmul_rn(__fsub_rn(y[i][d], mean[d]), inverse[d]);
-                y[i][d] = key + i < seq_kv ? scaled : 0.0f;
+        for (int t = 0; t < KEY_GROUPS; ++t) {
+#pragma unroll
+            for (int i = 0; i < V_KEYS; ++i) {
+                raw[t][i] = shared.v[step][warp][t * V_KEYS + i][lane];
             }
         }
-        unsigned word[8];
+        unsigned word[2][KEY_GROUPS];
 #pragma unroll
-        for (int d = 0; d < 8; ++d) word[d] = v_codes_word<KEYS>(y, d, lost[d]);
-        uint4 low, high;
-        transpose(word, t, low, high);
-        uint4* out = reinterpret_cast<uint4*>(codes) + chunk * V_ROWS + channel + t;
-        out[0] = low;
-        out[4] = high;
+        for (int t = 0; t < KEY_GROUPS; ++t) {
+            float y[2][V_KEYS];
+#pragma unroll
+            for (int i = 0; i < V_KEYS; ++i) {
+                const float2 x = widen(raw[t][i]);
+                y[0][i] = __fmul_rn(__fsub_rn(x.x, mean.x), inverse.x);
+                y[1][i] = __fmul_rn(__fsub_rn(x.y, mean.y), inverse.y);
+            }
+            if (!whole) {
+                const int keys = seq_kv - (warp_key + step * V_STEP * V_KEYS + t * GROUP_KEYS);  // that exist
+#pragma unroll
+                for (int i = 0; i < V_KEYS; ++i) {
+                    if (i >= keys) y[0][i] = y[1][i] = 0.0f;
+                }
+            }
+            word[0][t] = v_codes_word(y[0], lost[0]);
+            word[1][t] = v_codes_word(y[1], lost[1]);
+        }
+        uint4* out = reinterpret_cast<uint4*>(codes) + (warp / V_WIDTH + step * V_STEP) * V_ROWS + first_channel;
+        const uint4 low = make_uint4(word[0][0], word[0][1], word[0][2], word[0][3]);
+        const uint4 high = make_uint4(word[1][0], word[1][1], word[1][2], word[1][3]);
+        uint4* staged = reinterpret_cast<uint4*>(shared.v[step][warp]);
+        __syncwarp();
+        staged[v_row(2 * lane)] = low, staged[v_row(2 * lane + 1)] = high;
+        __syncwarp();
+        out[lane] = staged[lane];
+        out[lane + 32] = staged[lane + 32];
     }
 #if ROW_SUM_ROWS
-    const unsigned unit = to_e4m3_pair(ROW_SUM_UNIT, ROW_SUM_UNIT) * 0x00010001u;
+    const unsigned unit = (__float_as_uint(ROW_SUM_UNIT) / (1 << 23) - 120) * 8 * 0x01010101u;  // a power of two
     for (int i = threadIdx.x; i < V_CHUNKS * ROW_SUM_ROWS; i += THREADS)
         reinterpret_cast<uint4*>(codes)[i / ROW_SUM_ROWS * V_ROWS + HEAD_DIM + i % ROW_SUM_ROWS] =
             make_uint4(unit, unit, unit, unit);
 #endif
 #if !V_F16
-    __shared__ unsigned lost_of_warp[WARPS][64];
-#pragma unroll
-    for (int d = 0; d < 8; ++d) {
-#pragma unroll
-        for (int lanes = ROW_THREADS; lanes < 32; lanes *= 2) lost[d] += __shfl_xor_sync(~0u, lost[d], lanes);
-        if (d % KEY_GROUPS == t) lost_of_warp[warp][8 * row_thread() + d] = lost[d];
-    }
+    shared.lost[warp][2 * lane] = lost[0];
+    shared.lost[warp][2 * lane + 1] = lost[1];
     __syncthreads();
-    for (int c = threadIdx.x; c < HEAD_DIM; c += THREADS) {
-        unsigned sum = 0;
+    for_each_channel([&](int c) {
+        unsigned sum = 0u - BLOCK_N * ROUNDING_BITS;
 #pragma unroll
-        for (int i = 0; i < CHUNK_STEP; ++i) sum += lost_of_warp[i * BLOCKS + c / 64][c % 64];
-        lost_out[c] = static_cast<int>(sum);
+        for (int i = 0; i < V_STEP; ++i) sum += shared.lost[i * V_WIDTH + c / 64][c % 64];
+        lost_out[c] = sum;
+    });
+#endif
+}
+
+// v_offset[n] of a head for n = 0 ... num_tiles: a thread takes 4 channels and a range of the tiles.
+__device__ __forceinline__ void finish_v_offset(Shared& shared, const unsigned* lost, int num_tiles, int seq_kv, const float* v_mean,
+                                                const float* v_scale, float* v_offset) {
+    constexpr int WIDTH = HEAD_DIM / 4, RANGES = THREADS / WIDTH;
+    const int thread = threadIdx.x % WIDTH, range = threadIdx.x / WIDTH, range_tiles = ceil_div(num_tiles, RANGES);
+    const int begin = range * range_tiles, end = min(begin + range_tiles, num_tiles);
+    const float4 mean = reinterpret_cast<const float4*>(v_mean)[thread];
+    float4* out = reinterpret_cast<float4*>(v_offset) + thread;
+    if (range == 0) out[0] = mean;
+#if V_F16
+    for (int tile = begin; tile < end; ++tile) out[(tile + 1LL) * WIDTH] = mean;
+#else
+    const float4 scale = reinterpret_cast<const float4*>(v_scale)[thread];
+    const uint4* in = reinterpret_cast<const uint4*>(lost) + thread;
+    const auto add = [](uint4& sum, uint4 x) { sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w; };
+    uint4 sum = {};
+#pragma unroll 8
+    for (int tile = begin; tile < end; ++tile) add(sum, __ldcg(in + static_cast<long long>(tile) * WIDTH));
+    shared.range_sums[threadIdx.x] = sum;
+    __syncthreads();
+    sum = {};
+    for (int i = 0; i < range; ++i) add(sum, shared.range_sums[i * WIDTH + thread]);
+#pragma unroll 4
+    for (int tile = begin; tile < end; ++tile) {
+        add(sum, __ldcg(in + static_cast<long long>(tile) * WIDTH));
+        const int keys = static_cast<int>(min((tile + 1LL) * BLOCK_N, static_cast<long long>(seq_kv)));
+        const float unit = __fmul_rn(LOST_UNIT, __int2float_rn(keys));
+        const auto offset = [=](float scale, unsigned lost, float mean) {
+            return __fmaf_rn(__fdiv_rn(scale, unit), __int2float_rn(static_cast<int>(lost)), mean);
+        };
+        out[(tile + 1LL) * WIDTH] = make_float4(offset(scale.x, sum.x, mean.x), offset(scale.y, sum.y, mean.y),
+                                                offset(scale.z, sum.z, mean.z), offset(scale.w, sum.w, mean.w));
     }
 #endif
 }
 
 // ---- the kernel --------------------------------------------------------------------------------
 
-// Grid: for each batch * KV head and key tile GROUP_WARPS CTAs of K and one of V; then for each batch *
-// query head one for 64 rows of Q. KV heads come in the opposite order of `statistics`: the last ones
-// that it has read are still in the L2 cache, and the first ones stay there for the attention kernel.
-extern "C" __global__ void __launch_bounds__(THREADS) quantize(
+// Grid: for each KV head of the batch 2 * SUM_CHUNKS CTAs of its statistics, then for its key tiles one of V
+// and K_CTAS of K each, then those of the query heads that use it; the statistics of the head `lead` heads
+// on come before the codes of a head.
+extern "C" __global__ void __launch_bounds__(THREADS, 6) quantize(
     const Half* q, const Half* k, const Half* v, long long q_stride_b, long long q_stride_h,
     long long q_stride_s, long long k_stride_b, long long k_stride_h, long long k_stride_s,
-    long long v_stride_b, long long v_stride_h, long long v_stride_s, const float* k_mean,
-    const float* k_factor, const float* q_factor, const float* v_mean, const float* v_inverse,
-    signed char* q_codes, float* q_scale, float* q_mean_dot, signed char* k_codes, float* k_scale,
-    float* k_scale_max, unsigned char* v_codes, int* lost, int batch, int num_heads_q, int num_heads_kv,
-    int seq_q, int seq_kv, int head_dim, float softmax_scale) {
-    const int num_tiles = ceil_div(seq_kv, BLOCK_N), num_kv_heads = batch * num_heads_kv;
-    const unsigned kv_ctas_of_head = num_tiles * (GROUP_WARPS + 1), kv_ctas = num_kv_heads * kv_ctas_of_head;
-    if (blockIdx.x < kv_ctas) {
-        const int kv_head = num_kv_heads - 1 - blockIdx.x / kv_ctas_of_head;
-        const int b = kv_head / num_heads_kv, h = kv_head % num_heads_kv;
-        const int index = blockIdx.x % kv_ctas_of_head;
-        const int tile = index / (GROUP_WARPS + 1), part = index % (GROUP_WARPS + 1);
-        const long long tile_index = static_cast<long long>(kv_head) * num_tiles + tile;
-        const long long channels = static_cast<long long>(kv_head) * HEAD_DIM;
-        if (part < GROUP_WARPS) {
-            const Rows rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
-            quantize_k(rows, seq_kv, tile, part, k_mean + channels, k_factor + channels,
-                k_codes + tile_index * (BLOCK_N * HEAD_DIM), k_scale + tile_index * KEY_GROUPS,
-                k_scale_max + kv_head);
-        } else {
-            const Rows rows(v, b, h, v_stride_b, v_stride_h, v_stride_s, head_dim);
-            quantize_v(rows, seq_kv, tile, v_mean + channels, v_inverse + channels,
-                v_codes + tile_index * (V_CHUNKS * V_ROWS * 16), lost + tile_index * HEAD_DIM);
-        }
-    } else {
-        const int padded_rows = ceil_div(seq_q, BLOCK_M) * BLOCK_M, ctas_of_head = padded_rows / Q_BLOCK_ROWS;
-        const int index = blockIdx.x - kv_ctas, head = index / ctas_of_head;
-        const int b = head / num_heads_q, h = head % num_heads_q;
-        const long long row = static_cast<long long>(head) * padded_rows;
-        const long long channels =
-            (static_cast<long long>(b) * num_heads_kv + h / (num_heads_q / num_heads_kv)) * HEAD_DIM;
-        const Rows rows(q, b, h, q_stride_b, q_stride_h, q_stride_s, head_dim);
-        quantize_q(rows, seq_q, index % ctas_of_head * Q_BLOCK_ROWS, k_mean + channels, q_factor + channels,
-            q_codes + row * HEAD_DIM, q_scale + row, q_mean_dot + row, softmax_scale);
-    }
-}
+    long long v_stride_b, long long v_stride_h, long long v_stride_s, Progress* progress,
+    ChunkStatistics* chunks, float* k_mean, float* k_factor, float* q_factor, float* v_mean, float* v_inverse,
+    float* v_scale, signed char* q_codes, float* q_scale, float* q_mean_dot, signed char* k_codes, float* k_scale,
+    float* k_scale_max, unsigned char* v_codes, unsigned* lost, float* v_offset, int batch, int num_heads_q,
+    int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale, int lead) {
+    __shared__ __align__(16) Shared shared;
+    constexpr unsigned STATISTICS_CTAS = 2 * SUM_CHUNKS;
+    const int num_tiles = ceil_div(seq_kv, BLOCK_N), padded_rows = ceil_div(seq_q, BLOCK_M) * BLOCK_M;
+    const unsigned q_ctas = ceil_div(padded_rows, Q_CTA_ROWS), k_ctas = num_tiles * K_CTAS;
+    const unsigned code_ctas = num_tiles + k_ctas + group * q_ctas;
 
-// v_offset[n] for n = 0 ... num_tiles. CTA: 32 channels of a KV head, 8 ranges of tiles.
-extern "C" __global__ void __launch_bounds__(256) finish_v_offset(
-    const int* lost, const float* v_mean, const float* v_scale, float* v_offset, int seq_kv) {
-    const int num_tiles = ceil_div(seq_kv, BLOCK_N), lane = threadIdx.x % 32, range = threadIdx.x / 32;
-    const int kv_head = blockIdx.x / (HEAD_DIM / 32), channel = blockIdx.x % (HEAD_DIM / 32) * 32 + lane;
-    const int range_tiles = ceil_div(num_tiles, 8);
-    const int begin = range * range_tiles, end = min(begin + range_tiles, num_tiles);
-    const float mean = v_mean[static_cast<long long>(kv_head) * HEAD_DIM + channel];
-    float* out = v_offset + static_cast<long long>(kv_head) * (num_tiles + 1) * HEAD_DIM + channel;
-    if (range == 0) out[0] = mean;
-#if V_F16
-    for (int tile = begin; tile < end; ++tile) out[(tile + 1LL) * HEAD_DIM] = mean;
-#else
-    const float scale = v_scale[static_cast<long long>(kv_head) * HEAD_DIM + channel];
-    const int* in = lost + static_cast<long long>(kv_head) * num_tiles * HEAD_DIM + channel;
-    __shared__ unsigned range_sum[8][32];
-    unsigned sum = 0;
-#pragma unroll 8
-    for (int tile = begin; tile < end; ++tile) sum += in[static_cast<long long>(tile) * HEAD_DIM];
-    range_sum[range][lane] = sum;
-    __syncthreads();
-    sum = 0;
-    for (int i = 0; i < range; ++i) sum += range_sum[i][lane];
-#pragma unroll 4
-    for (int tile = begin; tile < end; ++tile) {
-        sum += in[static_cast<long long>(tile) * HEAD_DIM];
-        const long long keys = min((tile + 1LL) * BLOCK_N, static_cast<long long>(seq_kv));
-        const float share = __fdiv_rn(scale, __fmul_rn(LOST_UNIT, __int2float_rn(static_cast<int>(keys))));
-        out[(tile + 1LL) * HEAD_DIM] = __fmaf_rn(share, __int2float_rn(static_cast<int>(sum)), mean);
+    // index: of the CTA among those of `head`, statistics first
+    unsigned index = blockIdx.x;
+    int head = 0;
+    bool is_statistics = index < lead * STATISTICS_CTAS;
+    if (is_statistics) {
+        head = index / STATISTICS_CTAS, index %= STATISTICS_CTAS;
+    } else {
+        index -= lead * STATISTICS_CTAS;
+        const int rounds = batch * num_heads_kv - lead;  // of which each has statistics and codes
+        const bool in_rounds = index < rounds * (STATISTICS_CTAS + code_ctas);
+        const unsigned round_ctas = in_rounds ? STATISTICS_CTAS + code_ctas : code_ctas;
+        if (!in_rounds) index -= rounds * (STATISTICS_CTAS + code_ctas), head = rounds;
+        head += index / round_ctas, index %= round_ctas;
+        is_statistics = in_rounds && index < STATISTICS_CTAS;
+        if (is_statistics) head += lead;
+        else if (in_rounds) index -= STATISTICS_CTAS;
     }
-#endif
+    const int b = head / num_heads_kv, h = head % num_heads_kv;
+    const long long channels = static_cast<long long>(head) * HEAD_DIM;
+    Progress& done = progress[head];
+
+    if (is_statistics) {
+        const int is_v = index / SUM_CHUNKS, chunk = index % SUM_CHUNKS;
+        const Rows rows = is_v ? Rows(v, b, h, v_stride_b, v_stride_h, v_stride_s, head_dim)
+                               : Rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
+        chunks += (2LL * head + is_v) * SUM_CHUNKS;
+        const bool special = chunk_statistics(rows, seq_kv, chunk, shared.statistics, chunks[chunk]);
+        if (arrive(done.statistics[is_v], special ? SPECIAL + 1 : 1) % SPECIAL != SUM_CHUNKS - 1) return;
+        if (is_v) {
+            finish_v(chunks, seq_kv, v_mean + channels, v_inverse + channels, v_scale + channels);
+        } else {
+            finish_k(chunks, seq_kv, k_mean + channels, k_factor + channels, q_factor + channels);
+            k_scale_max[head] = 0.0f;
+        }
+        arrive(done.statistics[is_v], 1);
+    } else if (index < num_tiles) {
+        const Rows rows(v, b, h, v_stride_b, v_stride_h, v_stride_s, head_dim);
+        const long long tile = static_cast<long long>(head) * num_tiles + index;
+        quantize_v(shared, rows, seq_kv, index, done.statistics[1], v_mean + channels, v_inverse + channels,
+                   v_codes + tile * (V_CHUNKS * V_ROWS * 16), lost + tile * HEAD_DIM);
+        if (arrive(done.v_tiles, 1) == num_tiles - 1)
+            finish_v_offset(shared, lost + num_tiles * channels, num_tiles, seq_kv, v_mean + channels, v_scale + channels,
+                            v_offset + (num_tiles + 1) * channels);
+    } else if (index -= num_tiles; index < k_ctas) {
+        const Rows rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
+        const int part = index % K_CTAS;
+        index /= K_CTAS;
+        const long long tile = static_cast<long long>(head) * num_tiles + index;
+        quantize_k(shared, rows, seq_kv, index, part, done.statistics[0], k_mean + channels, k_factor + channels,
+                   k_codes + tile * (BLOCK_N * HEAD_DIM), k_scale + tile * KEY_GROUPS, k_scale_max + head);
+    } else {
+        index -= k_ctas;
+        const int q_head = h * group + index / q_ctas;
+        const Rows rows(q, b, q_head, q_stride_b, q_stride_h, q_stride_s, head_dim);
+        const long long row = (static_cast<long long>(b) * num_heads_q + q_head) * padded_rows;
+        quantize_q(shared, rows, seq_q, padded_rows, index % q_ctas * Q_CTA_ROWS, done.statistics[0], k_mean + channels,
+                   q_factor + channels, q_codes + row * HEAD_DIM, q_scale + row, q_mean_dot + row, softmax_scale);
+    }
 }

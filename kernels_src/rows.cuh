@@ -1,8 +1,4 @@
 // Rows of Q, K and V as `quantize.cu` reads them.
-//
-// 8 threads hold a row, or 64 channels of it, each of them blocks of 8 consecutive channels, 64 apart:
-// then the last dimension is read in pieces of 128 bytes, and Walsh-Hadamard butterflies need 3 shuffles
-// an element for any head dimension.
 #pragma once
 
 #include "convert.cuh"
@@ -10,21 +6,12 @@
 typedef unsigned short Half;  // FP16 or BF16 bits
 
 constexpr int THREADS = 128, WARPS = 4;
-constexpr int ROW_THREADS = 8;           // threads that share a row
-constexpr int WARP_ROWS = 32 / ROW_THREADS;
-constexpr int BLOCKS = HEAD_DIM / 64;    // blocks of 8 channels that a thread has of a row
 
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256, "padded head dimension");
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < __int_as_float(0x7F800000); }
-
-__device__ __forceinline__ int row_thread() { return threadIdx.x % ROW_THREADS; }
-__device__ __forceinline__ int warp_row() { return threadIdx.x % 32 / ROW_THREADS; }
-
-// First channel of a thread's block number `block`.
-__device__ __forceinline__ int block_channel(int block) { return 64 * block + 8 * row_thread(); }
 
 // The rows of one head.
 struct Rows {
@@ -36,34 +23,44 @@ struct Rows {
                     long long stride_s, int head_dim)
         : data(tensor + b * stride_b + h * stride_h), stride(stride_s), head_dim(head_dim) {}
 
-    // 8 channels of a row, zeros beyond head_dim. ALIGNED: head_dim, strides and addresses are multiples
-    // of 16 bytes.
-    __device__ __forceinline__ uint4 load(int row, int channel) const {
-        const Half* p = data + row * stride + channel;
+    __device__ __forceinline__ const Half* at(int row, int channel) const { return data + row * stride + channel; }
+
+    // 8 channels of the row at p to shared memory, zeros beyond head_dim and unless the row exists; there after
+    // `cp_async_wait`. ALIGNED: head_dim, strides and addresses are multiples of 16 bytes.
+    __device__ __forceinline__ void copy(uint4* to, const Half* p, int channel, bool exists) const {
 #if ALIGNED
-        return channel < head_dim ? load_16_bytes(p) : make_uint4(0, 0, 0, 0);
+        copy_16_bytes(to, p, exists && channel < head_dim);
 #else
-        unsigned x[8];
+        if (exists) {
+            unsigned x[8];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] = channel + i < head_dim ? p[i] : 0u;
-        return make_uint4(x[0] | x[1] << 16, x[2] | x[3] << 16, x[4] | x[5] << 16, x[6] | x[7] << 16);
+            for (int i = 0; i < 8; ++i) x[i] = channel + i < head_dim ? p[i] : 0u;
+            *to = make_uint4(x[0] | x[1] << 16, x[2] | x[3] << 16, x[4] | x[5] << 16, x[6] | x[7] << 16);
+        } else {
+            *to = make_uint4(0, 0, 0, 0);
+        }
 #endif
     }
 };
 
+// f(channel) by the threads of a CTA.
+template <class F> __device__ __forceinline__ void for_each_channel(F f) {
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM; i += THREADS) {
+        if (HEAD_DIM % THREADS == 0 || i + threadIdx.x < HEAD_DIM) f(i + threadIdx.x);
+    }
+}
+
 // K and V: an element that is NaN or infinite counts as 0.
-__device__ __forceinline__ uint4 finite(uint4 x) {
+__device__ __forceinline__ unsigned finite(unsigned pair) {
     constexpr unsigned EXPONENT = IN_BF16 ? 0x7F807F80u : 0x7C007C00u;
     constexpr unsigned CARRY = IN_BF16 ? 0x00800080u : 0x04000400u;
-    unsigned* words = reinterpret_cast<unsigned*>(&x);
-    unsigned special[4];  // bit 15 of a half: its exponent is all ones
-#pragma unroll
-    for (int i = 0; i < 4; ++i) special[i] = (words[i] & EXPONENT) + CARRY;
-    if ((special[0] | special[1] | special[2] | special[3]) & 0x80008000u) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] &= ~((special[i] >> 15 & 0x00010001u) * 0xFFFFu);
-    }
-    return x;
+    const unsigned special = (pair & EXPONENT) + CARRY;  // bit 15 of a half: its exponent is all ones
+    return pair & ~((special >> 15 & 0x00010001u) * 0xFFFFu);
+}
+
+__device__ __forceinline__ uint4 finite(uint4 x) {
+    return make_uint4(finite(x.x), finite(x.y), finite(x.z), finite(x.w));
 }
 
 __device__ __forceinline__ void widen(uint4 x, float (&y)[8]) {

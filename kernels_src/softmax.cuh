@@ -17,6 +17,9 @@ constexpr unsigned LIMIT_BITS = V_F16 ? 0x40004000u : 0x80808080u;  // of `limit
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xFF800000); }
 
+// The least log2 whose `ex2` is 124 or more: halfway from code 111 to 112, and ties go to even.
+constexpr float LIMIT_LOG2 = 6.95419645f;
+
 struct RowState {
     float scale;  // row_scale
     float bound;
@@ -52,6 +55,12 @@ struct RowMap {
     }
 
     __device__ float operator()(unsigned score) const { return __fmaf_rn(__uint_as_float(score), a, b); }
+
+    // Whether P of the score reaches the limit or is NaN, E4M3 code 112 or above.
+    __device__ bool reaches_limit(unsigned score) const {
+        float x = (*this)(score);
+        return P_CODE ? __float_as_int(x) >= 112 : !(x < LIMIT_LOG2);
+    }
 };
 
 // A word of P from the scores of consecutive keys, s[0] .. s[P_PER_WORD - 1].
@@ -77,7 +86,7 @@ __device__ __forceinline__ unsigned mask_p(unsigned word, int visible) {
 // be or-ed first.
 __device__ __forceinline__ unsigned limit_flags(unsigned word) {
     if (V_F16) return word;  // 2.0 is 0x4000
-    return P_CODE ? (word + 0x10101010u) | word : word + 0x10101010u;  // code 112 becomes 0x80
+    return word + 0x10101010u;  // code 112 becomes 0x80; `ex2` makes none above 127
 }
 
 __device__ __forceinline__ unsigned quad_or(unsigned x) {
@@ -90,10 +99,10 @@ __device__ __forceinline__ float quad_max(float x) {
     return fmaxf(x, __shfl_xor_sync(FULL_MASK, x, 2));
 }
 
-// The bound that a tile asks for: `largest` is the thread's largest visible score as it arrived
-// (with SCORE_START), if it sees any. All four threads of the quad call this.
+// The bound that a tile asks for: `largest` is the thread's largest visible score, if it sees any. All four
+// threads of the quad call this.
 __device__ __forceinline__ float tile_bound(int largest, bool any_visible, float row_scale, float k_scale) {
-    float score = __int2float_rn(largest - static_cast<int>(SCORE_START));
+    float score = __int2float_rn(largest);
     float bound = fmaxf(minus_infinity(), __fmul_ru(score, score_factor(row_scale, k_scale)));  // drops NaN
     bound = quad_max(any_visible ? bound : minus_infinity());
     return P_CODE ? ceilf(bound) : bound;

@@ -1,18 +1,35 @@
 // Section 1 of docs/numerics.md: sums, extremes, and what follows from them for each channel.
 #pragma once
 
+#include "progress.cuh"
 #include "rows.cuh"
 
 constexpr int SUM_CHUNKS = 16, SUM_LANES = 16;
+// A CTA takes a chunk: a thread 8 channels of the lanes l, l + THREAD_ROWS, ...
+constexpr int STATISTICS_THREADS = HEAD_DIM / 8, STATISTICS_ROWS = THREADS / STATISTICS_THREADS;
+constexpr int THREAD_LANES = SUM_LANES / STATISTICS_ROWS;
+constexpr int STATISTICS_DONE = SUM_CHUNKS + 1;  // arrivals: the chunks, and the last one again
+
+// Keys on their way to the thread that adds them.
+struct StatisticsRing {
+    static constexpr int KEYS = 4, BATCHES = 4;
+    typedef uint4 Batch[KEYS][THREADS];
+    Batch batches[BATCHES];
+};
+
+static_assert(StatisticsRing::KEYS % THREAD_LANES == 0, "a batch starts with the first lane");
 
 // Of 8 channels. Extremes stay in the input's type, two in a word.
 struct Statistics {
-    float sum[8];
+    float sum[THREAD_LANES][8];
     unsigned minimum[4], maximum[4];
 
-    __device__ Statistics() {
+    __device__ __forceinline__ Statistics() {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum[i] = 0.0f;
+        for (int lane = 0; lane < THREAD_LANES; ++lane) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sum[lane][i] = 0.0f;
+        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             minimum[i] = IN_BF16 ? 0x7F807F80u : 0x7C007C00u;  // +inf
@@ -20,121 +37,153 @@ struct Statistics {
         }
     }
 
-    __device__ __forceinline__ void add_key(uint4 x) {
-        x = finite(x);
+    __device__ __forceinline__ void add_key(int lane, uint4 x) {
         const unsigned words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            float2 pair = widen(words[i]);
-            sum[2 * i] = __fadd_rn(sum[2 * i], pair.x);
-            sum[2 * i + 1] = __fadd_rn(sum[2 * i + 1], pair.y);
+            const float2 pair = widen(words[i]);
+            sum[lane][2 * i] = __fadd_rn(sum[lane][2 * i], pair.x);
+            sum[lane][2 * i + 1] = __fadd_rn(sum[lane][2 * i + 1], pair.y);
             minimum[i] = min_pair(minimum[i], words[i]);
             maximum[i] = max_pair(maximum[i], words[i]);
         }
     }
 
-    // Adds those of the thread `lanes` threads up in the warp.
-    __device__ __forceinline__ void add_lane(int lanes) {
+    // Keys `key, key + STATISTICS_ROWS, ...` below `end`, in this order.
+    template <bool SPECIALS>
+    __device__ __forceinline__ void add_keys(StatisticsRing& ring, const Rows& rows, int channel, int key, int end) {
+        const Half* p = rows.at(key, channel);
+        const long long step = STATISTICS_ROWS * rows.stride;
+        int copied = key;
+        const auto copy = [&](StatisticsRing::Batch& batch) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum[i] = __fadd_rn(sum[i], __shfl_down_sync(~0u, sum[i], lanes));
+            for (int i = 0; i < StatisticsRing::KEYS; ++i, p += step, copied += STATISTICS_ROWS)
+                rows.copy(&batch[i][threadIdx.x], p, channel, copied < end);
+            cp_async_commit();
+        };
+#pragma unroll
+        for (int i = 0; i < StatisticsRing::BATCHES; ++i) copy(ring.batches[i]);
+#pragma unroll 1
+        for (int i = 0; key < end; ++i) {
+            StatisticsRing::Batch& batch = ring.batches[i % StatisticsRing::BATCHES];
+            cp_async_wait<StatisticsRing::BATCHES - 1>();
+            const bool whole = key + (StatisticsRing::KEYS - 1) * STATISTICS_ROWS < end;
+            if (whole) {
+#pragma unroll
+                for (int j = 0; j < StatisticsRing::KEYS; ++j)
+                    add_key(j % THREAD_LANES, SPECIALS ? finite(batch[j][threadIdx.x]) : batch[j][threadIdx.x]);
+            } else {
+#pragma unroll
+                for (int j = 0; j < StatisticsRing::KEYS; ++j) {
+                    if (key + j * STATISTICS_ROWS >= end) break;
+                    add_key(j % THREAD_LANES, SPECIALS ? finite(batch[j][threadIdx.x]) : batch[j][threadIdx.x]);
+                }
+            }
+            key += StatisticsRing::KEYS * STATISTICS_ROWS;
+            copy(batch);
+        }
+        cp_async_wait<0>();
+    }
+
+    // A NaN or an infinity shows in the extremes.
+    __device__ __forceinline__ bool special() const {
+        bool found = false;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            minimum[i] = min_pair(minimum[i], __shfl_down_sync(~0u, minimum[i], lanes));
-            maximum[i] = max_pair(maximum[i], __shfl_down_sync(~0u, maximum[i], lanes));
+            const float2 low = widen(minimum[i]), high = widen(maximum[i]);
+            const float infinity = __int_as_float(0x7F800000);
+            found |= !(low.x > -infinity && low.y > -infinity && high.x < infinity && high.y < infinity);
         }
+        return found;
     }
 };
 
-// 16 words a thread, for half of the CTA's threads, without bank conflicts.
-typedef unsigned StatisticsBuffer[16][THREADS / 2];
+// The sums of a chunk, and its extremes two in a word.
+struct ChunkStatistics {
+    float sum[HEAD_DIM];
+    unsigned minimum[HEAD_DIM / 2], maximum[HEAD_DIM / 2];
+};
 
-// Threads [count, 2 * count) hand their statistics to threads [0, count), which add them.
-__device__ __forceinline__ void add_upper_threads(Statistics& s, StatisticsBuffer& buffer, int count) {
-    int thread = threadIdx.x;
-    __syncthreads();
-    if (thread >= count && thread < 2 * count) {
+// x[l] += x[l + COUNT / 2] and so on, down to x[0].
+template <int COUNT> __device__ __forceinline__ float add_lanes(float* x) {
+    if constexpr (COUNT > 1) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) buffer[i][thread - count] = __float_as_uint(s.sum[i]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            buffer[8 + i][thread - count] = s.minimum[i];
-            buffer[12 + i][thread - count] = s.maximum[i];
-        }
+        for (int lane = 0; lane < COUNT / 2; ++lane) x[lane] = __fadd_rn(x[lane], x[lane + COUNT / 2]);
+        add_lanes<COUNT / 2>(x);
     }
-    __syncthreads();
-    if (thread < count) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) s.sum[i] = __fadd_rn(s.sum[i], __uint_as_float(buffer[i][thread]));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            s.minimum[i] = min_pair(s.minimum[i], buffer[8 + i][thread]);
-            s.maximum[i] = max_pair(s.maximum[i], buffer[12 + i][thread]);
-        }
-    }
+    return x[0];
 }
 
-// Keys `key, key + SUM_LANES, ...` below `end`, in this order.
-__device__ __forceinline__ void add_keys(Statistics& s, const Rows& rows, int channel, int key, int end) {
-    constexpr int UNROLL = 4;
-    for (; key + (UNROLL - 1) * SUM_LANES < end; key += UNROLL * SUM_LANES) {
-        uint4 x[UNROLL];
-#pragma unroll
-        for (int i = 0; i < UNROLL; ++i) x[i] = rows.load(key + i * SUM_LANES, channel);
-#pragma unroll
-        for (int i = 0; i < UNROLL; ++i) s.add_key(x[i]);
-    }
-    for (; key < end; key += SUM_LANES) s.add_key(rows.load(key, channel));
-}
+union StatisticsShared {
+    StatisticsRing ring;
+    struct {
+        float sums[STATISTICS_ROWS][HEAD_DIM];
+        unsigned minima[STATISTICS_ROWS][HEAD_DIM / 2], maxima[STATISTICS_ROWS][HEAD_DIM / 2];
+    };
+};
 
-// Where a chunk's partial results are: [batch * KV head][K, V][sum, minimum, maximum][chunk][channel].
-__device__ __forceinline__ long long partial_index(int kv_head, int is_v, int what, int chunk) {
-    return (((static_cast<long long>(kv_head) * 2 + is_v) * 3 + what) * SUM_CHUNKS + chunk) * HEAD_DIM;
-}
-
-// CTA: 64 channels of one chunk of K or of V. Grid: BLOCKS * SUM_CHUNKS * 2 for each batch * KV head.
-extern "C" __global__ void __launch_bounds__(THREADS) statistics(
-    const Half* k, const Half* v, long long k_stride_b, long long k_stride_h, long long k_stride_s,
-    long long v_stride_b, long long v_stride_h, long long v_stride_s, float* partial,
-    int num_heads_kv, int seq_kv, int head_dim) {
-    __shared__ StatisticsBuffer buffer;
-    int index = blockIdx.x;
-    const int block = index % BLOCKS, chunk = index / BLOCKS % SUM_CHUNKS;
-    const int is_v = index / (BLOCKS * SUM_CHUNKS) % 2, kv_head = index / (BLOCKS * SUM_CHUNKS * 2);
-    const int b = kv_head / num_heads_kv, h = kv_head % num_heads_kv;
-    const Rows rows = is_v ? Rows(v, b, h, v_stride_b, v_stride_h, v_stride_s, head_dim)
-                           : Rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
+// One chunk of the rows. Returns whether there is a NaN or an infinity.
+__device__ __forceinline__ bool chunk_statistics(const Rows& rows, int seq_kv, int chunk, StatisticsShared& shared,
+                                                 ChunkStatistics& out) {
+    const int row = threadIdx.x / STATISTICS_THREADS, thread = threadIdx.x % STATISTICS_THREADS, channel = 8 * thread;
     const int chunk_keys = SUM_LANES * ceil_div(seq_kv, SUM_CHUNKS * SUM_LANES);
-    const int begin = chunk * chunk_keys + threadIdx.x / ROW_THREADS;  // threadIdx.x / 8: the lane, 0..15
-    const int end = min((chunk + 1) * chunk_keys, seq_kv), channel = block_channel(block);
-
+    const int begin = chunk * chunk_keys + row, end = min((chunk + 1) * chunk_keys, seq_kv);
     Statistics s;
-    add_keys(s, rows, channel, begin, end);
-    add_upper_threads(s, buffer, THREADS / 2);  // lane + 8
-    add_upper_threads(s, buffer, THREADS / 4);  // lane + 4
-    s.add_lane(2 * ROW_THREADS);
-    s.add_lane(ROW_THREADS);
+    s.add_keys<false>(shared.ring, rows, channel, begin, end);
+    const bool special = s.special();
+    if (special) {
+        s = Statistics();
+        s.add_keys<true>(shared.ring, rows, channel, begin, end);
+    }
 
-    if (threadIdx.x >= ROW_THREADS) return;
-    float minimum[8], maximum[8];
-    widen(make_uint4(s.minimum[0], s.minimum[1], s.minimum[2], s.minimum[3]), minimum);
-    widen(make_uint4(s.maximum[0], s.maximum[1], s.maximum[2], s.maximum[3]), maximum);
+    float of_thread[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        partial[partial_index(kv_head, is_v, 0, chunk) + channel + i] = s.sum[i];
-        partial[partial_index(kv_head, is_v, 1, chunk) + channel + i] = minimum[i];
-        partial[partial_index(kv_head, is_v, 2, chunk) + channel + i] = maximum[i];
+        float of_lane[THREAD_LANES];
+#pragma unroll
+        for (int lane = 0; lane < THREAD_LANES; ++lane) of_lane[lane] = s.sum[lane][i];
+        of_thread[i] = add_lanes<THREAD_LANES>(of_lane);
     }
+    __syncthreads();  // the ring is free
+    reinterpret_cast<float4*>(&shared.sums[row][channel])[0] = make_float4(of_thread[0], of_thread[1], of_thread[2], of_thread[3]);
+    reinterpret_cast<float4*>(&shared.sums[row][channel])[1] = make_float4(of_thread[4], of_thread[5], of_thread[6], of_thread[7]);
+    *reinterpret_cast<uint4*>(&shared.minima[row][channel / 2]) = make_uint4(s.minimum[0], s.minimum[1], s.minimum[2], s.minimum[3]);
+    *reinterpret_cast<uint4*>(&shared.maxima[row][channel / 2]) = make_uint4(s.maximum[0], s.maximum[1], s.maximum[2], s.maximum[3]);
+    const bool special_chunk = __syncthreads_or(special);
+    for_each_channel([&](int c) {
+        float of_row[STATISTICS_ROWS];
+#pragma unroll
+        for (int i = 0; i < STATISTICS_ROWS; ++i) of_row[i] = shared.sums[i][c];
+        out.sum[c] = add_lanes<STATISTICS_ROWS>(of_row);
+        const bool is_minimum = c < HEAD_DIM / 2;
+        const int pair = c % (HEAD_DIM / 2);
+        unsigned extreme = is_minimum ? shared.minima[0][pair] : shared.maxima[0][pair];
+#pragma unroll
+        for (int i = 1; i < STATISTICS_ROWS; ++i)
+            extreme = is_minimum ? min_pair(extreme, shared.minima[i][pair]) : max_pair(extreme, shared.maxima[i][pair]);
+        (is_minimum ? out.minimum : out.maximum)[pair] = extreme;
+    });
+    return special_chunk;
 }
 
-__device__ __forceinline__ void mean_and_spread(const float* partial, int kv_head, int is_v, int seq_kv,
+__device__ __forceinline__ void mean_and_spread(const ChunkStatistics* chunks, int channel, int seq_kv,
                                                 bool subtract_mean, float& mean, float& spread) {
-    float sum = 0.0f, minimum = __int_as_float(0x7F800000), maximum = -minimum;
+    float sums[SUM_CHUNKS], sum = 0.0f;
+    unsigned minima[SUM_CHUNKS], maxima[SUM_CHUNKS];
 #pragma unroll
     for (int chunk = 0; chunk < SUM_CHUNKS; ++chunk) {
-        sum = __fadd_rn(sum, partial[partial_index(kv_head, is_v, 0, chunk) + threadIdx.x]);
-        minimum = fminf(minimum, partial[partial_index(kv_head, is_v, 1, chunk) + threadIdx.x]);
-        maximum = fmaxf(maximum, partial[partial_index(kv_head, is_v, 2, chunk) + threadIdx.x]);
+        sums[chunk] = __ldcg(chunks[chunk].sum + channel);
+        minima[chunk] = __ldcg(chunks[chunk].minimum + channel / 2);
+        maxima[chunk] = __ldcg(chunks[chunk].maximum + channel / 2);
     }
+#pragma unroll
+    for (int chunk = 0; chunk < SUM_CHUNKS; ++chunk) {
+        sum = __fadd_rn(sum, sums[chunk]);
+        minima[0] = min_pair(minima[0], minima[chunk]);
+        maxima[0] = max_pair(maxima[0], maxima[chunk]);
+    }
+    const float2 low = widen(minima[0]), high = widen(maxima[0]);
+    const float minimum = channel % 2 ? low.y : low.x, maximum = channel % 2 ? high.y : high.x;
     mean = subtract_mean ? __fdiv_rn(sum, __int2float_rn(seq_kv)) : 0.0f;
     spread = max_or_nan(__fsub_rn(maximum, mean), __fsub_rn(mean, minimum));
     if (!is_finite(spread)) mean = 0.0f, spread = fmaxf(maximum, -minimum);
@@ -145,24 +194,29 @@ __device__ __forceinline__ bool rotation_sign(unsigned channel) {
     return (h ^ (h >> 15)) * 0x85EBCA6Bu >> 31;
 }
 
-// CTA: a KV head; thread: a channel. The factors of Q and K are the balance and the rotation's sign.
-extern "C" __global__ void __launch_bounds__(HEAD_DIM) finish_statistics(
-    const float* partial, float* k_mean, float* k_factor, float* q_factor, float* v_mean,
-    float* v_inverse, float* v_scale, float* k_scale_max, int seq_kv) {
-    const int kv_head = blockIdx.x;
-    const long long i = static_cast<long long>(kv_head) * HEAD_DIM + threadIdx.x;
-    float mean, spread;
-    mean_and_spread(partial, kv_head, 0, seq_kv, SMOOTH_K, mean, spread);
-    const float balance = spread > 0.0f ? __fsqrt_rn(spread) : 1.0f;
-    const float sign = rotation_sign(threadIdx.x) ? -1.0f : 1.0f;
-    k_mean[i] = mean;
-    k_factor[i] = __fmul_rn(sign, __fdiv_rn(1.0f, balance));
-    q_factor[i] = __fmul_rn(sign, balance);
+// What quantisation needs to know of each channel. The factors of Q and K are the balance and the
+// rotation's sign.
+__device__ __forceinline__ void finish_k(const ChunkStatistics* chunks, int seq_kv, float* k_mean, float* k_factor,
+                                         float* q_factor) {
+    for_each_channel([&](int channel) {
+        float mean, spread;
+        mean_and_spread(chunks, channel, seq_kv, SMOOTH_K, mean, spread);
+        const float balance = spread > 0.0f ? __fsqrt_rn(spread) : 1.0f;
+        const float sign = rotation_sign(channel) ? -1.0f : 1.0f;
+        k_mean[channel] = mean;
+        k_factor[channel] = __fmul_rn(sign, __fdiv_rn(1.0f, balance));
+        q_factor[channel] = __fmul_rn(sign, balance);
+    });
+}
 
-    mean_and_spread(partial, kv_head, 1, seq_kv, true, mean, spread);
-    const float inverse = __fdiv_rn(V_MAX, spread);
-    v_mean[i] = mean;
-    v_inverse[i] = is_finite(inverse) ? inverse : 0.0f;
-    v_scale[i] = __fdiv_rn(spread, V_MAX);
-    if (threadIdx.x == 0) k_scale_max[kv_head] = 0.0f;
+__device__ __forceinline__ void finish_v(const ChunkStatistics* chunks, int seq_kv, float* v_mean, float* v_inverse,
+                                         float* v_scale) {
+    for_each_channel([&](int channel) {
+        float mean, spread;
+        mean_and_spread(chunks, channel, seq_kv, true, mean, spread);
+        const float inverse = __fdiv_rn(V_MAX, spread);
+        v_mean[channel] = mean;
+        v_inverse[channel] = is_finite(inverse) ? inverse : 0.0f;
+        v_scale[channel] = __fdiv_rn(spread, V_MAX);
+    });
 }

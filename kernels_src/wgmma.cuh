@@ -104,6 +104,7 @@ __device__ __forceinline__ constexpr unsigned descriptor_high(unsigned stride_by
                      : __VA_ARGS__                                                                   \
                      : "r"(q), "r"(k), "n"(DESCRIPTOR_HIGH));                                        \
     }
+DEFINE_WGMMA_S8(96, P8_5, "%48", "%49", "%50", R32(s, 0), R16(s, 32))
 DEFINE_WGMMA_S8(128, P8_7, "%64", "%65", "%66", R64(s, 0))
 DEFINE_WGMMA_S8(192, P8_11, "%96", "%97", "%98", R64(s, 0), R32(s, 64))
 

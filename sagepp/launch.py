@@ -1,12 +1,11 @@
-"""The GPU side of `attention`: five launches on the current stream, in one workspace.
+"""The GPU side of `attention`: two launches on the current stream, in one workspace.
 
-``statistics``, ``finish_statistics``, ``quantize``, ``finish_v_offset`` (`kernels_src/quantize.cu`) and
-``attention`` (`kernels_src/attention_*.cu`). Nothing is checked here (`api.py` has done it) and nothing
-synchronises.
+``quantize`` (`kernels_src/quantize.cu`), whose counters are cleared before, and ``attention``
+(`kernels_src/attention_*.cu`). Nothing is checked here (`api.py` has done it) and nothing synchronises.
 
 The host must not be slower than the GPU, so what depends on the shapes is worked out once: a `Launch`
 holds kernels, grids and one array of all kernel arguments, which every launch points into. A call then
-writes a handful of addresses and calls the driver five times, around CuPy's argument conversion.
+writes a handful of addresses and calls the driver three times, around CuPy's argument conversion.
 """
 
 from __future__ import annotations
@@ -28,19 +27,16 @@ from .plan import Plan, kernels, make_plan
 
 SUM_CHUNKS = 16  #: partial sums of K and V a head (docs/numerics.md, section 1)
 KEY_GROUPS = 4  #: scales of K a tile
-Q_CTA_ROWS = 64  #: rows of Q that a CTA of `quantize` takes
+Q_CTA_ROWS = 128  #: rows of Q that a CTA of `quantize` takes
+QUANTIZE_CTAS = 6  #: of `quantize` on an SM
+STATISTICS_LEAD = 5  #: KV heads that its statistics are ahead, at least
 
 #: Kernel -> its parameters, in order. Names of arrays in the workspace are those of `_workspace`.
 _PARAMETERS = {
-    "statistics": """k v k_stride_b k_stride_h k_stride_s v_stride_b v_stride_h v_stride_s
-        partial num_heads_kv seq_kv head_dim""",
-    "finish_statistics": """partial k_mean k_factor q_factor v_mean v_inverse v_scale k_scale_max
-        seq_kv""",
     "quantize": """q k v q_stride_b q_stride_h q_stride_s k_stride_b k_stride_h k_stride_s v_stride_b
-        v_stride_h v_stride_s k_mean k_factor q_factor v_mean v_inverse q_codes q_scale q_mean_dot
-        k_codes k_scale k_scale_max v_codes lost batch num_heads_q num_heads_kv seq_q seq_kv head_dim
-        softmax_scale""",
-    "finish_v_offset": "lost v_mean v_scale v_offset seq_kv",
+        v_stride_h v_stride_s progress chunks k_mean k_factor q_factor v_mean v_inverse v_scale q_codes
+        q_scale q_mean_dot k_codes k_scale k_scale_max v_codes lost v_offset batch num_heads_q num_heads_kv
+        group seq_q seq_kv head_dim softmax_scale lead""",
     "attention": """q_codes q_scale q_mean_dot k_codes k_scale k_scale_max v_codes v_scale v_offset
         o lse o_stride_b o_stride_h o_stride_s batch num_heads_q num_heads_kv seq_q seq_kv head_dim
         causal_offset sm_scale""",
@@ -99,7 +95,7 @@ def attention_shared_bytes(plan: Plan) -> int:
         return q_bytes + plan.stages * (k_bytes + v_bytes) + 8 * plan.block_m
     stage_bytes = _align(k_bytes + v_bytes, 1024)
     item_bytes = 4 * (2 * plan.block_m + 2 * d + 4)
-    return _align(q_bytes, 1024) + plan.stages * (stage_bytes + 16) + 2 * item_bytes + 8 * (2 + 3 * plan.stages)
+    return 2 * (q_bytes + item_bytes) + plan.stages * (stage_bytes + 16) + 8 * (4 + 2 * plan.stages)
 
 
 def attention_grid(plan: Plan, batch: int, num_heads: int, seq_q: int, num_sms: int):
@@ -152,6 +148,7 @@ class Geometry:
                 scalars[f"{name}_stride_{axis}"] = stride
         bottom_right = self.causal_alignment == "bottom-right"
         scalars["causal_offset"] = self.seq_kv - self.seq_q if self.is_causal and bottom_right else 0
+        scalars["group"] = self.num_heads_q // self.num_heads_kv
         scalars["sm_scale"] = np.float32(self.sm_scale)
         # the rotation of Q and K leaves out a factor head_dim ** -0.5 each
         scalars["softmax_scale"] = np.float32(self.sm_scale * np.log2(np.e) / plan.head_dim)
@@ -168,7 +165,8 @@ def _workspace(geometry: Geometry, plan: Plan) -> dict[str, tuple[tuple[int, ...
     channels = ((heads_kv, d), np.float32)
     rows = ((heads_q, q_tiles * plan.block_m), np.float32)
     return {
-        "partial": ((heads_kv, 2, 3, SUM_CHUNKS, d), np.float32),
+        "progress": ((heads_kv, 4), np.uint32),  # first: cleared before each call
+        "chunks": ((heads_kv, 2, SUM_CHUNKS, 2 * d), np.float32),
         "k_mean": channels, "k_factor": channels, "q_factor": channels,
         "v_mean": channels, "v_inverse": channels, "v_scale": channels,
         "k_scale_max": ((heads_kv,), np.float32),
@@ -178,15 +176,27 @@ def _workspace(geometry: Geometry, plan: Plan) -> dict[str, tuple[tuple[int, ...
         "k_codes": ((heads_kv, kv_tiles, d // width, n, width), np.int8),
         "k_scale": ((heads_kv, kv_tiles, KEY_GROUPS), np.float32),
         "v_codes": ((heads_kv, kv_tiles, n // chunk_keys, d + _row_sum_rows(plan), 16), np.uint8),
-        "lost": ((heads_kv, kv_tiles, d), np.int32),
+        "lost": ((heads_kv, kv_tiles, d), np.uint32),
         "v_offset": ((heads_kv, kv_tiles + 1, d), np.float32),
     }
 
 
-def _k_warps(plan: Plan) -> int:
-    """CTAs of `quantize` for one tile of K: `GROUP_WARPS` of quantize.cu."""
-    values = plan.block_n // KEY_GROUPS * plan.head_dim // 32
-    return 1 if values <= 32 else 2 if values <= 64 else 4
+def _k_ctas(plan: Plan) -> int:
+    """CTAs of `quantize` for a tile of K: `K_CTAS` of quantize.cu."""
+    warp_rows, passes = 1024 // plan.head_dim, plan.head_dim // 32
+    group_warps = next(n for n in (1, 2, 4) if plan.block_n // KEY_GROUPS <= n * warp_rows)
+    return max(1, KEY_GROUPS * group_warps // (4 * passes))
+
+
+def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, int]:
+    """CTAs of `quantize`, and by how many KV heads its statistics are ahead of its codes: as many as the GPU
+    holds twice, so that nobody waits, and few enough for K and V to be in the L2 cache still."""
+    g = geometry
+    q_ctas = g.num_heads_q // g.num_heads_kv * -(-_align(g.seq_q, plan.block_m) // Q_CTA_ROWS)
+    head_ctas = 2 * SUM_CHUNKS + -(-g.seq_kv // plan.block_n) * (1 + _k_ctas(plan)) + q_ctas
+    heads_kv = g.batch * g.num_heads_kv
+    lead = max(STATISTICS_LEAD, -(-2 * QUANTIZE_CTAS * num_sms // head_ctas))
+    return heads_kv * head_ctas, min(heads_kv, lead)
 
 
 def _align(n: int, to: int = 256) -> int:
@@ -214,13 +224,13 @@ class Launch:
         for name, (shape, dtype) in self.arrays.items():
             self.offsets[name] = self.workspace_bytes
             self.workspace_bytes += _align(math.prod(shape) * np.dtype(dtype).itemsize)
-        self._write_arguments()
+        ctas, lead = _quantize_grid(geometry, plan, num_sms)
+        self._write_arguments({**geometry.scalars(plan), "lead": lead})
         self._steps = [(*step, pointers.ctypes.data) for step, pointers in
-                       zip(self._make_steps(arch, num_sms), self._pointers)]
+                       zip(self._make_steps(arch, num_sms, ctas), self._pointers)]
 
-    def _write_arguments(self) -> None:
+    def _write_arguments(self, scalars) -> None:
         """One 8-byte slot an argument (CUDA is little-endian), and for each kernel pointers to its own."""
-        scalars = self.geometry.scalars(self.plan)
         names = [*_ARRAYS, *self.arrays, *scalars]
         self._slots = slots = np.zeros(len(names), np.int64)
         for name, value in scalars.items():
@@ -231,34 +241,24 @@ class Launch:
         self._workspace_slots = slots[len(_ARRAYS):len(_ARRAYS) + len(self.arrays)]
         self._workspace_offsets = np.array(list(self.offsets.values()), np.int64)
         self._workspace_address = None
+        self._progress_bytes = 16 * self.arrays["progress"][0][0]
         self._pointers = [
             slots.ctypes.data + 8 * np.array([names.index(name) for name in parameters], np.uint64)
             for parameters in _PARAMETERS.values()]
 
-    def _make_steps(self, arch: str, num_sms: int) -> list[_Step]:
+    def _make_steps(self, arch: str, num_sms: int, ctas: int) -> list[_Step]:
         g, plan = self.geometry, self.plan
-        heads_q, heads_kv = g.batch * g.num_heads_q, g.batch * g.num_heads_kv
-        q_rows, kv_tiles = _align(g.seq_q, plan.block_m), -(-g.seq_kv // plan.block_n)
         defines = quantize_defines(plan, bfloat16=g.bfloat16, return_lse=g.return_lse,
                                    smooth_k=g.smooth_k, aligned=g.aligned)
-
-        def step(kernel, grid, threads):
-            function = jit.get_kernel("quantize.cu", kernel, arch, defines).kernel.ptr
-            return _Step(function, grid, 1, 1, threads, 0)
-
-        steps = [
-            step("statistics", heads_kv * 2 * SUM_CHUNKS * (plan.head_dim // 64), 128),
-            step("finish_statistics", heads_kv, plan.head_dim),
-            step("quantize", heads_kv * kv_tiles * (_k_warps(plan) + 1) + heads_q * q_rows // Q_CTA_ROWS, 128),
-            step("finish_v_offset", heads_kv * (plan.head_dim // 32), 256),
-        ]
+        function = jit.get_kernel("quantize.cu", "quantize", arch, defines).kernel.ptr
+        quantize = _Step(function, ctas, 1, 1, 128, 0)
         shared_bytes = attention_shared_bytes(plan)
         kernel = jit.get_kernel(
             attention_source(plan), "attention", arch,
             attention_defines(plan, bfloat16=g.bfloat16, is_causal=g.is_causal, return_lse=g.return_lse),
             requires_nvrtc=(12, 8) if plan.v_dtype == "e4m3" else (12, 0), dynamic_shared=shared_bytes)
         grid, threads = attention_grid(plan, g.batch, g.num_heads_q, g.seq_q, num_sms)
-        return [*steps, _Step(kernel.kernel.ptr, *grid, threads, shared_bytes)]
+        return [quantize, _Step(kernel.kernel.ptr, *grid, threads, shared_bytes)]
 
     def bind(self, q: int, k: int, v: int, o: int, lse: int, workspace: int) -> None:
         """Set the addresses of the arrays."""
@@ -267,18 +267,20 @@ class Launch:
             np.add(self._workspace_offsets, workspace, out=self._workspace_slots)
             self._workspace_address = workspace
 
-    def run(self, stream: int, first: int = 0, last: int = len(_PARAMETERS)) -> None:
+    def run(self, stream: int, first: int = 0, last: int = 2) -> None:
         """Launch the kernels number `first` to `last - 1`. The driver copies the arguments."""
-        launch = _launch_kernel()
+        launch, memset = _driver()
+        if first == 0:
+            memset(self._workspace_address, 0, self._progress_bytes, stream)
         for function, grid_x, grid_y, grid_z, threads, shared_bytes, arguments in self._steps[first:last]:
             launch(function, grid_x, grid_y, grid_z, threads, 1, 1, shared_bytes, stream, arguments, 0)
 
 
 @functools.lru_cache(maxsize=None)
-def _launch_kernel():
-    from cupy_backends.cuda.api import driver
+def _driver():
+    from cupy_backends.cuda.api import driver, runtime
 
-    return driver.launchKernel
+    return driver.launchKernel, runtime.memsetAsync
 
 
 # --- the calls ---------------------------------------------------------------------------------
@@ -378,11 +380,11 @@ class Prepared:
 
     def quantize(self) -> None:
         """Everything before the attention kernel."""
-        self._run(0, 4)
+        self._run(0, 1)
 
     def attend(self) -> None:
         """The attention kernel alone; `quantize` was called before."""
-        self._run(4, 5)
+        self._run(1, 2)
 
     def _run(self, first, last):
         import cupy

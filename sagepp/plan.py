@@ -108,7 +108,7 @@ def make_plan(arch: str, head_dim: int, kernel: str | None = None) -> Plan:
         # 32 rows a warp; 16 where ptxas spills otherwise
         shape = dict(block_m=128, block_n=64, promote_every=1, num_warps=8 if arch == "sm_100a" else 4, stages=2)
     elif d == 64 and p_form == "ex2":
-        shape = dict(block_m=192, block_n=128, promote_every=4, num_warps=16, stages=4)
+        shape = dict(block_m=192, block_n=96, promote_every=4, num_warps=16, stages=4)
     elif d == 64:
         shape = dict(block_m=128, block_n=192, promote_every=2, num_warps=12, stages=4)
     else:

@@ -283,3 +283,21 @@ def test_two_ctas_share_an_sm_on_ada(head_dim):
             registers = -(-used.registers // 8) * 8 * 32 * plan.num_warps
             shared = launch.attention_shared_bytes(plan) + used.shared + 1024
             assert 2 * registers <= 65536 and 2 * shared <= 100 * 1024, (str(variant), registers, shared)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch not in ("sm_80", "sm_86")])
+def test_every_e4m3_code_that_is_read_back_was_written(arch):
+    """ptxas 12.9 joins the conversions of a word's two halves; who reads a half then reads another value."""
+    plan = make_plan(arch, 128, "mma" if arch != "sm_90a" else "wgmma")
+    cubin = jit.compile_cubin("quantize.cu", arch, launch.quantize_defines(plan))
+    if nvdisasm() is None:
+        pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
+    listing = subprocess.run([nvdisasm(), "-c", str(cubin.path)], capture_output=True, text=True, check=True).stdout
+    writer, reads = {}, 0
+    for opcode, target, sources in re.findall(
+            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+) (R\d+)\b([^;]*)", listing, re.MULTILINE):
+        if opcode == "F2FP.F16.E4M3.UNPACK_B":
+            reads += 1
+            assert writer[re.search(r"R\d+", sources)[0]].startswith(("F2FP.SATFINITE", "PRMT", "LOP3", "IMAD", "LEA"))
+        writer[target] = opcode
+    assert reads >= 16

@@ -1,14 +1,16 @@
-// Conversions and packed instructions of the quantisation, one PTX instruction a wrapper (PTX ISA,
-// "Data Movement and Conversion Instructions: cvt", "Floating Point Instructions: min, max").
+// Conversions and packed instructions that the quantisation needs beside `ptx.cuh` (PTX ISA, "Data Movement and
+// Conversion Instructions: cvt, cp.async", "Half Precision Floating Point Instructions: min, max").
 // IN_BF16 selects the type of the input: two 16-bit numbers in a word, the first in the low half.
 #pragma once
 
+#include "ptx.cuh"
+
 // ---- input -------------------------------------------------------------------------------------
 
-// 16 bytes to shared memory, zeros unless they exist.
+// 16 bytes to shared memory, past L1; zeros unless they exist (nothing is read then).
 __device__ __forceinline__ void copy_16_bytes(uint4* to, const void* from, bool exist) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(from), "r"(exist ? 16 : 0) : "memory");
+                 ::"r"(shared_address(to)), "l"(from), "r"(exist ? 16 : 0) : "memory");
 }
 
 // The two numbers of a word, exactly.
@@ -23,7 +25,7 @@ __device__ __forceinline__ float2 widen(unsigned pair) {
 #endif
 }
 
-// NaN where one of the two is NaN.
+// The smaller, or larger, one of each half; NaN where one of the two is NaN.
 __device__ __forceinline__ unsigned min_pair(unsigned a, unsigned b) {
     unsigned c;
 #if IN_BF16
@@ -53,20 +55,11 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
     return c;
 }
 
-// ---- E4M3, nearest even ------------------------------------------------------------------------
+// ---- E4M3 --------------------------------------------------------------------------------------
 
-#if !V_F16  // E4M3 needs sm_89
-// Four codes in a word, the first in the low byte.
-__device__ __forceinline__ unsigned to_e4m3(const float (&x)[4]) {
-    unsigned word;
-    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\nmov.b32 %0, {low, high};\n}"
-        : "=r"(word) : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
-    return word;
-}
-
-// Reads the word, never the two halves that it was made of: ptxas 12.9 joins their conversions into one
-// instruction, and what reads a half then reads a register that was not written.
+// The four numbers of a word of E4M3 codes (`cvt_e4m3x4`), exactly. sm_89 and later.
+// The empty asm makes the word opaque. Otherwise the compiler takes the two halves from the conversions that made
+// them; ptxas 12.9 joins those into one instruction, and the register of a half is then read, but never written.
 __device__ __forceinline__ void from_e4m3(unsigned word, float (&x)[4]) {
     asm volatile("" : "+r"(word));
     asm("{\n.reg .b16 low, high, a, b, c, d;\n.reg .b32 first, second;\nmov.b32 {low, high}, %4;\n"
@@ -75,4 +68,3 @@ __device__ __forceinline__ void from_e4m3(unsigned word, float (&x)[4]) {
         "cvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\ncvt.f32.f16 %2, c;\ncvt.f32.f16 %3, d;\n}"
         : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(word));
 }
-#endif

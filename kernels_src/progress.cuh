@@ -1,17 +1,18 @@
 // How far the CTAs of a launch have come with a KV head, so that they can hand work to each other.
 #pragma once
 
-// One counter of arrivals each; all 0 before the launch.
+// Of a KV head: counters of the CTAs that have arrived, all 0 before the launch.
 struct Progress {
-    unsigned statistics[2];  // of K, of V: `SPECIAL` is added for each chunk with a NaN or an infinity
+    unsigned statistics[2];  // of K, of V: STATISTICS_DONE in the end, and SPECIAL for each special chunk
     unsigned v_tiles;
-    unsigned unused;
+    unsigned unused;  // 16 bytes a head, as sagepp/launch.py clears them
 };
 
-constexpr unsigned SPECIAL = 0x10000;
+constexpr unsigned SPECIAL = 0x10000;  // counts chunks with a NaN or an infinity, above the arrivals
 
-// Counts this CTA, and makes what its threads have written visible to the CTA that arrives last.
-// All threads call it; returns what had arrived before.
+// Adds `count` to the counter; all threads call it. Returns what had arrived before. What the threads have written
+// is visible to every CTA that arrives, or waits, later: barrier, fence, atomic; atomic or acquire, fence, barrier
+// (PTX ISA, "Memory Consistency Model: Release and Acquire Patterns").
 __device__ __forceinline__ unsigned arrive(unsigned& counter, unsigned count) {
     __shared__ unsigned before;
     __syncthreads();
@@ -25,7 +26,8 @@ __device__ __forceinline__ unsigned arrive(unsigned& counter, unsigned count) {
 }
 
 // Waits until `count` have arrived; all threads call it. Returns whether one was special.
-// They do arrive: CTAs start in the order of blockIdx.x, and nobody waits for a later one.
+// They do arrive, as nobody waits for a later CTA and GPUs start CTAs in the order of blockIdx.x (which the CUDA
+// programming model does not promise).
 __device__ __forceinline__ bool wait(const unsigned& counter, unsigned count) {
     unsigned arrived = 0;
     if (threadIdx.x == 0) {

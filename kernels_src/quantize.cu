@@ -1,53 +1,69 @@
 // Q, K and V to INT8, INT8 and E4M3 (or FP16), in tiles ready for the attention kernels: sections 1 to
 // 3 of docs/numerics.md, and `reference/quantize.py` step by step.
 //
-// One launch. Its CTAs are small and start in order: those of the statistics of a KV head some heads ahead
-// of those that quantise it, which then read K and V from the L2 cache and rarely wait. The CTA that
-// arrives last finishes what all have contributed to (`progress.cuh`).
+// One launch of many small CTAs, of four roles: statistics of K or V, codes of V, of K, and of Q. The CTAs start
+// in order. The statistics of a KV head stand a few heads ahead of its codes, so that the codes rarely wait for
+// them, and still find K and V in the L2 cache. Of the CTAs that contribute to one result (the means of a head,
+// its `v_offset`), the one that arrives last finishes it (`progress.cuh`).
+//
+// Compiled with: HEAD_DIM, BLOCK_M, BLOCK_N, V_F16, V_MAX, ROW_SUM_ROWS (above 0 for `wgmma` alone),
+// ROW_SUM_UNIT, IN_BF16, WITH_MEAN_DOT, SMOOTH_K, ALIGNED (`quantize_defines` in sagepp/launch.py).
 
 #include "ptx.cuh"
 #include "statistics.cuh"
 
-constexpr int larger(int a, int b) { return a > b ? a : b; }
-
-constexpr int KEY_GROUPS = 4;            // scales of K a tile
+constexpr int KEY_GROUPS = 4;  // scales of K a tile
 constexpr int GROUP_KEYS = BLOCK_N / KEY_GROUPS;
-constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;  // bytes of a row of Q or K that lie together
-constexpr int V_CHUNK_KEYS = V_F16 ? 8 : 16;            // keys in 16 bytes of V
-constexpr int V_CHUNKS = BLOCK_N / V_CHUNK_KEYS;
+constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;  // bytes of a row of codes of Q or K that lie together
+constexpr int V_CHUNK_KEYS = V_F16 ? 8 : 16;            // keys in a chunk, 16 bytes of codes of V
+constexpr int V_CHUNKS = BLOCK_N / V_CHUNK_KEYS;        // of a tile
 constexpr int V_ROWS = HEAD_DIM + ROW_SUM_ROWS;
 
 // Q and K: ROW_THREADS threads share a row, BLOCKS blocks of 8 channels each. Block b of thread t is number
-// `input_block` of the row before the rotation and `output_block` after it.
-constexpr int ROW_THREADS = HEAD_DIM < 128 ? 2 : 4, THREAD_BITS = ROW_THREADS / 2, WARP_ROWS = 32 / ROW_THREADS;
+// `input_block` of the row before the rotation and `output_block` after it. The rows of a CTA are copied to
+// shared memory and worked on in passes, a row for every ROW_THREADS threads.
+constexpr int ROW_THREADS = HEAD_DIM < 128 ? 2 : 4;
+constexpr int THREAD_BITS = ROW_THREADS / 2;  // log2(ROW_THREADS)
+constexpr int WARP_ROWS = 32 / ROW_THREADS;
 constexpr int BLOCKS = HEAD_DIM / (8 * ROW_THREADS);
-constexpr int PASS_ROWS = THREADS / ROW_THREADS, PASSES = larger(128 / PASS_ROWS, 1);
+constexpr int PASS_ROWS = THREADS / ROW_THREADS, PASSES = 128 / PASS_ROWS;
 constexpr int Q_CTA_ROWS = PASSES * PASS_ROWS;
-// Warps that share a key group, and key groups of a pass and of a CTA.
+
+// K: warps that share a key group, key groups of a pass, passes of a CTA, CTAs of a tile.
 constexpr int GROUP_WARPS = GROUP_KEYS <= WARP_ROWS ? 1 : GROUP_KEYS <= 2 * WARP_ROWS ? 2 : 4;
 constexpr int PASS_GROUPS = WARPS / GROUP_WARPS;
 constexpr int K_PASSES = PASSES * PASS_GROUPS < KEY_GROUPS ? PASSES : KEY_GROUPS / PASS_GROUPS;
-constexpr int K_CTAS = KEY_GROUPS / (K_PASSES * PASS_GROUPS);  // a tile
+constexpr int K_CTAS = KEY_GROUPS / (K_PASSES * PASS_GROUPS);
 
-constexpr int V_WIDTH = HEAD_DIM / 64, V_STEP = WARPS / V_WIDTH;  // warps side by side, and chunks of a step
+// V: a warp makes the codes of a chunk and 64 channels, from V_KEYS keys of every key group. V_WIDTH warps beside
+// each other make the whole chunk, and the CTA V_STEP chunks a step.
+constexpr int V_WIDTH = HEAD_DIM / 64, V_STEP = WARPS / V_WIDTH;
 constexpr int V_STEPS = ceil_div(V_CHUNKS, V_STEP), V_KEYS = V_CHUNK_KEYS / KEY_GROUPS;
+
+static_assert(BLOCKS >= ROW_THREADS, "`rotate` exchanges whole blocks between threads");
+static_assert(GROUP_KEYS <= GROUP_WARPS * WARP_ROWS, "a pass holds whole key groups");
+static_assert(K_CTAS * K_PASSES * PASS_GROUPS == KEY_GROUPS, "every key group belongs to one CTA");
+static_assert(BLOCK_N % 16 == 0, "16 bytes of E4M3 are 4 keys of each key group");
+static_assert(!(V_F16 && ROW_SUM_ROWS), "the rows of the row sum are E4M3");
 
 __device__ __forceinline__ int row_thread() { return threadIdx.x % ROW_THREADS; }
 __device__ __forceinline__ int warp_row() { return threadIdx.x % 32 / ROW_THREADS; }
 
-__device__ __forceinline__ int input_block(int b) { return b ^ row_thread() | row_thread() * BLOCKS; }
+__device__ __forceinline__ int input_block(int b) { return (b ^ row_thread()) | (row_thread() * BLOCKS); }
 __device__ __forceinline__ int output_block(int b) {
-    return row_thread() | b / ROW_THREADS * ROW_THREADS | b % ROW_THREADS * BLOCKS;
+    return row_thread() | (b / ROW_THREADS * ROW_THREADS) | (b % ROW_THREADS * BLOCKS);
 }
 
-// Of the channels.
+// One FP32 number a channel, in shared memory.
 struct Factors {
     __align__(16) float of_channel[HEAD_DIM];
 
-    // There after `cp_async_wait` and a barrier.
+    // By all threads of the CTA; there after `cp_async_commit`, `cp_async_wait` and a barrier.
     __device__ __forceinline__ void copy(const float* from) {
-        for (int i = 4 * threadIdx.x; i < HEAD_DIM; i += 4 * THREADS) cp_async_16(shared_address(of_channel + i), from + i);
+        for (int i = 4 * threadIdx.x; i < HEAD_DIM; i += 4 * THREADS)
+            cp_async_16(shared_address(of_channel + i), from + i);
     }
+    // Those of the thread's block number `block`, before the rotation.
     __device__ __forceinline__ void load(int block, float (&x)[8]) const {
         load_floats(of_channel + 8 * input_block(block), x);
     }
@@ -59,44 +75,46 @@ struct Shared {
     union {
         struct {  // of Q and K, for each pass; codes take the place of the rows that they are made of
             union {
-                uint4 rows[WARP_ROWS][HEAD_DIM / 8];
-                uint2 codes[WARP_ROWS * CODE_CHUNKS][2];
-                uint4 code_chunks[WARP_ROWS * CODE_CHUNKS];
+                uint4 rows[WARP_ROWS][HEAD_DIM / 8];         // 8 channels of input each
+                uint2 codes[WARP_ROWS * CODE_CHUNKS][2];     // 8 codes each
+                uint4 code_chunks[WARP_ROWS * CODE_CHUNKS];  // the same, as they are stored
             } of_warp[WARPS];
         } passes[PASSES];
-        // Of V, 16 keys of 64 channels for each warp and step.
+        // Of V, a chunk's keys of 64 channels for each warp and step, two channels in a word. The codes of the
+        // chunk take their place.
         unsigned v[V_STEPS][WARPS][KEY_GROUPS * V_KEYS][32];
         StatisticsShared statistics;
-        uint4 range_sums[THREADS];
+        uint4 range_sums[THREADS];  // of `finish_v_offset`
     };
     union {
-        struct {
+        struct {  // of Q and K
             Factors mean, factor;
             float warp_amax[PASSES][WARPS];
         };
-        unsigned lost[WARPS][64];
+        unsigned lost[WARPS][64];  // of V: what the codes of the warp's channels lost
     };
 };
 
-static_assert(GROUP_KEYS <= GROUP_WARPS * WARP_ROWS, "a CTA holds a key group");
-static_assert(BLOCK_N % 16 == 0, "16 bytes of E4M3 are 4 keys of each key group");
-
-// Adding it to |x| < 2^22 rounds x to an integer, to nearest even, and leaves it in the low bits.
+// 1.5 * 2^23. Adding it to |x| < 2^22 rounds x to an integer, to nearest even; the bits of the sum are
+// ROUNDING_BITS plus that integer.
 constexpr float ROUNDING = 12582912.0f;
 [[maybe_unused]] constexpr unsigned ROUNDING_BITS = 0x4B400000;
-[[maybe_unused]] constexpr float LOST_UNIT = 65536.0f;
+[[maybe_unused]] constexpr float LOST_UNIT = 65536.0f;  // `lost` counts 1 / 65536 of V's codes
 
 // ---- 2. rotation and INT8, Q and K -------------------------------------------------------------
 
-// What a thread has of a row: [block of 8 channels][channel].
+// What a thread has of a row: [block][channel of the block].
 typedef float RowValues[BLOCKS][8];
 
+// -1 where the bit of the thread's number in the row is set.
 __device__ __forceinline__ float sign_of_thread(int bit) { return threadIdx.x >> bit & 1 ? -1.0f : 1.0f; }
 
-// Walsh-Hadamard butterflies of step 1, 2, ... HEAD_DIM / 2. The last ones are between threads: each of two
-// threads gives away half of its blocks and has both sides of the other half. That half is the same for all
-// threads, because the butterflies before leave sum and difference in opposite places (1 * x + y and -1 * x + y
-// are one instruction, rounded as the sum and the difference are). `output_sign` says which results are negated.
+// Walsh-Hadamard butterflies of step 1, 2, ... HEAD_DIM / 2: within a block, between the blocks of a thread,
+// and between threads. In the last kind each of two threads gives half of its blocks to the other, and computes
+// both results of what it keeps. Registers have no addresses, so every thread must give the same numbers b:
+// therefore `input_block` depends on the thread, and the butterflies before leave sum and difference in opposite
+// places in the two. The thread that has the upper input negates the difference (`output_sign`). The sign in the
+// second kind is applied by an fma with 1 or -1, which rounds as sum and difference do.
 __device__ __forceinline__ void rotate(RowValues& x) {
 #pragma unroll
     for (int h = 1; h < 8; h *= 2) {
@@ -134,7 +152,7 @@ __device__ __forceinline__ void rotate(RowValues& x) {
     }
 }
 
-// Of block b after the rotation.
+// What block b must be multiplied by after `rotate`.
 __device__ __forceinline__ float output_sign(int b) {
     float sign = 1.0f;
 #pragma unroll
@@ -146,7 +164,7 @@ __device__ __forceinline__ float output_sign(int b) {
 
 // Largest magnitude, NaN if a value is NaN.
 __device__ __forceinline__ float largest(const RowValues& x) {
-    float amax[BLOCKS] = {};  // independent of each other
+    float amax[BLOCKS] = {};  // one chain a block: they do not wait for each other
 #pragma unroll
     for (int d = 0; d < 8; ++d) {
 #pragma unroll
@@ -157,7 +175,7 @@ __device__ __forceinline__ float largest(const RowValues& x) {
     return amax[0];
 }
 
-// Over groups of `lanes` threads.
+// Over each aligned group of `lanes` threads of the warp.
 __device__ __forceinline__ float largest_of_lanes(float amax, int lanes) {
 #pragma unroll
     for (int other = 1; other < lanes; other *= 2)
@@ -165,14 +183,14 @@ __device__ __forceinline__ float largest_of_lanes(float amax, int lanes) {
     return amax;
 }
 
-// div(127, amax), ready for `int8_codes`, which is right for a finite positive factor alone.
+// inverse = div(127, amax). Returns whether `int8_codes` may use it: it is wrong for 0, infinity and NaN.
 __device__ __forceinline__ bool usual_inverse(float amax, float& inverse) {
     inverse = __fdiv_rn(127.0f, amax);
     return inverse > 0.0f && is_finite(inverse);
 }
 
-// Where the inverse overflows every value but 0 saturates; where amax is not finite the codes are 0.
-// Leaves the codes themselves in x, for an inverse of 1.
+// Where the inverse is not usual: it overflowed, and every value but 0 saturates; or amax is not finite, and the
+// codes are 0. Leaves the codes themselves in x, for an inverse of 1.
 __device__ __forceinline__ void unusual_values(RowValues& x, float amax) {
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block) {
@@ -182,6 +200,7 @@ __device__ __forceinline__ void unusual_values(RowValues& x, float amax) {
     }
 }
 
+// to_int_rn(mul(x, inverse)), a byte each. `inverse` may be negated, for blocks that are.
 __device__ __forceinline__ uint2 int8_codes(const float (&x)[8], float inverse) {
     unsigned code[8], pair[4];
 #pragma unroll
@@ -191,15 +210,15 @@ __device__ __forceinline__ uint2 int8_codes(const float (&x)[8], float inverse) 
     return make_uint2(__byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[2], pair[3], 0x5410));
 }
 
-// Of 16-byte chunks in a row of codes.
+// What the numbers of the 16-byte chunks of a panel are xor-ed with in a row of codes.
 __device__ __forceinline__ int swizzle(int row) { return PANEL == 128 ? row & 7 : row >> 1 & 3; }
 
 // Codes of a warp's rows into a tile of `rows` rows, [panel][row][PANEL], 16-byte chunks swizzled; warp row r
 // is row `tile_row(r)` of the tile, or nowhere if that is negative. By way of shared memory: whole lines are
 // written at once.
 template <class Pass, class TileRow>
-__device__ __forceinline__ void store_codes(Pass& pass, signed char* tile, int rows, TileRow tile_row, const RowValues& x,
-                                            float inverse) {
+__device__ __forceinline__ void store_codes(Pass& pass, signed char* tile, int rows, TileRow tile_row,
+                                            const RowValues& x, float inverse) {
     auto& shared = pass.of_warp[threadIdx.x / 32];
     const int lane = threadIdx.x % 32;
     __syncwarp();
@@ -219,7 +238,7 @@ __device__ __forceinline__ void store_codes(Pass& pass, signed char* tile, int r
     }
 }
 
-// Rows `first, first + 1, ...` below `end` for a warp's pass.
+// Starts the copy of rows `first, first + 1, ...` for a warp's pass, zeros from `end` on.
 template <class Pass> __device__ __forceinline__ void copy_rows(Pass& pass, const Rows& rows, int first, int end) {
     constexpr int VECTORS = HEAD_DIM / 8, STEP = 32 / VECTORS;  // threads that copy a row, rows at a time
     const int vector = threadIdx.x % VECTORS, r = threadIdx.x % 32 / VECTORS;
@@ -230,10 +249,12 @@ template <class Pass> __device__ __forceinline__ void copy_rows(Pass& pass, cons
     cp_async_commit();
 }
 
-// Q_CTA_ROWS rows of one head of Q.
-__device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int seq_q, int padded_rows, int first_row,
-                                           const unsigned& statistics, const float* k_mean, const float* q_factor,
-                                           signed char* codes, float* scale, float* mean_dot, float softmax_scale) {
+// Rows first_row ... first_row + Q_CTA_ROWS - 1 of one head of Q, as far as there are; rows from seq_q on are 0.
+// codes: [row block][panel][BLOCK_M][PANEL]; scale (q_scale), mean_dot: [padded_rows].
+__device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int seq_q, int padded_rows,
+                                           int first_row, const unsigned& statistics, const float* k_mean,
+                                           const float* q_factor, signed char* codes, float* scale,
+                                           float* mean_dot, float softmax_scale) {
     const auto copy_pass = [&](int pass) {
         copy_rows(shared.passes[pass], rows, first_row + pass * PASS_ROWS + threadIdx.x / 32 * WARP_ROWS, seq_q);
     };
@@ -289,7 +310,8 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
                 dot[0] = __fadd_rn(dot[0], __shfl_xor_sync(~0u, dot[0], lanes));
         }
         const int first = row - warp_row();
-        store_codes(shared.passes[pass], codes + static_cast<long long>(first / BLOCK_M) * BLOCK_M * HEAD_DIM, BLOCK_M,
+        signed char* row_block = codes + static_cast<long long>(first / BLOCK_M) * BLOCK_M * HEAD_DIM;
+        store_codes(shared.passes[pass], row_block, BLOCK_M,
                     [=](int r) { return first % BLOCK_M + r; }, x, inverse);
         if (row_thread() == 0) {
             scale[row] = row_scale;
@@ -298,7 +320,8 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
     }
 }
 
-// A part of the key groups of a tile, K_PASSES * PASS_GROUPS of them.
+// Part number `part` of a tile of K: K_PASSES * PASS_GROUPS key groups.
+// codes: [panel][BLOCK_N][PANEL], rows in column order; scale: [KEY_GROUPS]; scale_max: of the head, 0 at first.
 __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int seq_kv, int tile, int part,
                                            const unsigned& statistics, const float* k_mean, const float* k_factor,
                                            signed char* codes, float* scale, float* scale_max) {
@@ -308,7 +331,8 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
     const int key_0 = tile * BLOCK_N + group_0 * GROUP_KEYS + place;
     const auto copy_pass = [&](int pass) {
         const int group_key = tile * BLOCK_N + (group_0 + pass * PASS_GROUPS) * GROUP_KEYS;
-        copy_rows(shared.passes[pass], rows, group_key + warp % GROUP_WARPS * WARP_ROWS, min(group_key + GROUP_KEYS, seq_kv));
+        copy_rows(shared.passes[pass], rows, group_key + warp % GROUP_WARPS * WARP_ROWS,
+                  min(group_key + GROUP_KEYS, seq_kv));
     };
     copy_pass(0);
     const bool special = wait(statistics, STATISTICS_DONE);
@@ -341,6 +365,7 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
 #pragma unroll
             for (int d = 0; d < 8; ++d) x[block][d] = __fmul_rn(__fsub_rn(x[block][d], mean[d]), factor[d]);
         }
+        // keys that do not exist count as 0 after the mean was subtracted, so that they do not raise amax
         if (GROUP_KEYS % (GROUP_WARPS * WARP_ROWS) != 0 || (tile + 1) * BLOCK_N > seq_kv) {
             if (!in_group || key_0 + pass * (PASS_GROUPS * GROUP_KEYS) >= seq_kv) {
 #pragma unroll
@@ -366,32 +391,32 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
         }
         store_codes(shared.passes[pass], codes, BLOCK_N, [=](int r) {
             const int p = place - warp_row() + r;
-            return p < GROUP_KEYS ? p / 2 * 8 + group * 2 + p % 2 : -1;
+            return p < GROUP_KEYS ? p / 2 * 8 + group * 2 + p % 2 : -1;  // section 2, "Position of a key"
         }, x, inverse);
         if (warp % GROUP_WARPS == 0 && threadIdx.x % 32 == 0) {
             const float group_scale = __fdiv_rn(amax, 127.0f);
             scale[group] = group_scale;
-            atomicMax(reinterpret_cast<int*>(scale_max), __float_as_int(group_scale));  // not negative
+            atomicMax(reinterpret_cast<int*>(scale_max), __float_as_int(group_scale));  // >= 0: ordered as int
         }
     }
 }
 
 // ---- 3. V --------------------------------------------------------------------------------------
 
-// Where a channel is in a tile of V. For `wgmma` it is such that a thread that has columns 2t, 2t + 1 of every
-// group of 8 of the product has 8 neighbouring channels of every 32.
+// Row of a channel in a tile of V (`channel_order` of the reference is the inverse). For `wgmma`, where a thread
+// has columns 2t and 2t + 1 of every 8 of the product, these are 8 neighbouring channels of every 32.
 __device__ __forceinline__ int v_row(int channel) {
     if (!ROW_SUM_ROWS) return channel;
-    return channel & ~31 | (channel >> 1 & 3) << 3 | (channel >> 3 & 3) << 1 | channel & 1;
+    return (channel & ~31) | (channel >> 1 & 3) << 3 | (channel >> 3 & 3) << 1 | (channel & 1);
 }
 
-// Codes of one channel at consecutive places of P's fragment, as a word; adds up what they lost, each with
-// ROUNDING_BITS too many.
+// Codes of one channel and V_KEYS consecutive keys of a key group, as a word. Adds what each of them lost, in
+// 1 / 65536 and with ROUNDING_BITS too many, to `lost`.
 __device__ __forceinline__ unsigned v_codes_word(const float (&y)[V_KEYS], unsigned& lost) {
 #if V_F16
     return cvt_f16x2(y[0], y[1]);
 #else
-    const unsigned word = to_e4m3(y);
+    const unsigned word = cvt_e4m3x4(y[0], y[1], y[2], y[3]);
     float value[4];
     from_e4m3(word, value);
 #pragma unroll
@@ -404,13 +429,16 @@ __device__ __forceinline__ unsigned v_codes_word(const float (&y)[V_KEYS], unsig
 #endif
 }
 
-// One tile of V: a warp takes 16 bytes of keys of 64 channels at a time. codes: [V_CHUNKS][V_ROWS][16].
-__device__ __forceinline__ void quantize_v(Shared& shared, const Rows& rows, int seq_kv, int tile, const unsigned& statistics,
-                                           const float* v_mean, const float* v_inverse, unsigned char* codes,
-                                           unsigned* lost_out) {
+// One tile of V: a warp takes a chunk of 64 channels at a time.
+// codes: [V_CHUNKS][V_ROWS][16 bytes]; lost_out: [HEAD_DIM], in 1 / 65536 of a code (not with FP16 codes).
+__device__ __forceinline__ void quantize_v(Shared& shared, const Rows& rows, int seq_kv, int tile,
+                                           const unsigned& statistics, const float* v_mean, const float* v_inverse,
+                                           unsigned char* codes, unsigned* lost_out) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_channel = warp % V_WIDTH * 64;
     const int warp_key = tile * BLOCK_N + warp / V_WIDTH * V_KEYS;
-    const auto has_step = [=](int step) { return V_CHUNKS % V_STEP == 0 || warp / V_WIDTH + step * V_STEP < V_CHUNKS; };
+    const auto has_step = [=](int step) {  // whether there is a chunk for this warp
+        return V_CHUNKS % V_STEP == 0 || warp / V_WIDTH + step * V_STEP < V_CHUNKS;
+    };
     const auto copy_step = [&](int step) {
         if (!has_step(step)) return cp_async_commit();
         const int t = lane / 8;  // the key group
@@ -418,7 +446,8 @@ __device__ __forceinline__ void quantize_v(Shared& shared, const Rows& rows, int
         const Half* p = rows.at(key, channel);
 #pragma unroll
         for (int i = 0; i < V_KEYS; ++i, p += rows.stride)
-            rows.copy(reinterpret_cast<uint4*>(shared.v[step][warp][t * V_KEYS + i]) + lane % 8, p, channel, key + i < seq_kv);
+            rows.copy(reinterpret_cast<uint4*>(shared.v[step][warp][t * V_KEYS + i]) + lane % 8, p, channel,
+                      key + i < seq_kv);
         cp_async_commit();
     };
     copy_step(0);
@@ -479,7 +508,8 @@ __device__ __forceinline__ void quantize_v(Shared& shared, const Rows& rows, int
         out[lane + 32] = staged[lane + 32];
     }
 #if ROW_SUM_ROWS
-    const unsigned unit = (__float_as_uint(ROW_SUM_UNIT) / (1 << 23) - 120) * 8 * 0x01010101u;  // a power of two
+    // four E4M3 codes of ROW_SUM_UNIT: a power of two, whose exponent has the bias 7 instead of 127
+    const unsigned unit = (__float_as_uint(ROW_SUM_UNIT) / (1 << 23) - 120) * 8 * 0x01010101u;
     for (int i = threadIdx.x; i < V_CHUNKS * ROW_SUM_ROWS; i += THREADS)
         reinterpret_cast<uint4*>(codes)[i / ROW_SUM_ROWS * V_ROWS + HEAD_DIM + i % ROW_SUM_ROWS] =
             make_uint4(unit, unit, unit, unit);
@@ -498,8 +528,9 @@ __device__ __forceinline__ void quantize_v(Shared& shared, const Rows& rows, int
 }
 
 // v_offset[n] of a head for n = 0 ... num_tiles: a thread takes 4 channels and a range of the tiles.
-__device__ __forceinline__ void finish_v_offset(Shared& shared, const unsigned* lost, int num_tiles, int seq_kv, const float* v_mean,
-                                                const float* v_scale, float* v_offset) {
+// lost: [num_tiles][HEAD_DIM]; v_offset: [num_tiles + 1][HEAD_DIM].
+__device__ __forceinline__ void finish_v_offset(Shared& shared, const unsigned* lost, int num_tiles, int seq_kv,
+                                                const float* v_mean, const float* v_scale, float* v_offset) {
     constexpr int WIDTH = HEAD_DIM / 4, RANGES = THREADS / WIDTH;
     const int thread = threadIdx.x % WIDTH, range = threadIdx.x / WIDTH, range_tiles = ceil_div(num_tiles, RANGES);
     const int begin = range * range_tiles, end = min(begin + range_tiles, num_tiles);
@@ -535,9 +566,14 @@ __device__ __forceinline__ void finish_v_offset(Shared& shared, const unsigned* 
 
 // ---- the kernel --------------------------------------------------------------------------------
 
-// Grid: for each KV head of the batch 2 * SUM_CHUNKS CTAs of its statistics, then for its key tiles one of V
-// and K_CTAS of K each, then those of the query heads that use it; the statistics of the head `lead` heads
-// on come before the codes of a head.
+// A KV head of the batch has 2 * SUM_CHUNKS CTAs for its statistics (K, then V) and `code_ctas` for its codes:
+// one a tile of V, K_CTAS a tile of K, q_ctas a query head that uses it. In the grid, the statistics of the first
+// `lead` heads come first; then, in rounds, the statistics of head `round + lead` and the codes of head `round`;
+// then the codes of the last `lead` heads.
+//
+// Strides are in elements. The arrays between `progress` and `v_offset` are those of `_workspace` in
+// sagepp/launch.py, which says their shapes; `progress` is 0 at the start, the others are not initialised.
+// `group`: query heads a KV head. 6 CTAs an SM: QUANTIZE_CTAS of sagepp/launch.py.
 extern "C" __global__ void __launch_bounds__(THREADS, 6) quantize(
     const Half* q, const Half* k, const Half* v, long long q_stride_b, long long q_stride_h,
     long long q_stride_s, long long k_stride_b, long long k_stride_h, long long k_stride_s,
@@ -552,7 +588,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) quantize(
     const unsigned q_ctas = ceil_div(padded_rows, Q_CTA_ROWS), k_ctas = num_tiles * K_CTAS;
     const unsigned code_ctas = num_tiles + k_ctas + group * q_ctas;
 
-    // index: of the CTA among those of `head`, statistics first
+    // Becomes the number of the CTA among the statistics CTAs, or among the code CTAs, of `head`.
     unsigned index = blockIdx.x;
     int head = 0;
     bool is_statistics = index < lead * STATISTICS_CTAS;
@@ -560,7 +596,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) quantize(
         head = index / STATISTICS_CTAS, index %= STATISTICS_CTAS;
     } else {
         index -= lead * STATISTICS_CTAS;
-        const int rounds = batch * num_heads_kv - lead;  // of which each has statistics and codes
+        const int rounds = batch * num_heads_kv - lead;
         const bool in_rounds = index < rounds * (STATISTICS_CTAS + code_ctas);
         const unsigned round_ctas = in_rounds ? STATISTICS_CTAS + code_ctas : code_ctas;
         if (!in_rounds) index -= rounds * (STATISTICS_CTAS + code_ctas), head = rounds;
@@ -593,8 +629,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) quantize(
         quantize_v(shared, rows, seq_kv, index, done.statistics[1], v_mean + channels, v_inverse + channels,
                    v_codes + tile * (V_CHUNKS * V_ROWS * 16), lost + tile * HEAD_DIM);
         if (arrive(done.v_tiles, 1) == num_tiles - 1)
-            finish_v_offset(shared, lost + num_tiles * channels, num_tiles, seq_kv, v_mean + channels, v_scale + channels,
-                            v_offset + (num_tiles + 1) * channels);
+            finish_v_offset(shared, lost + num_tiles * channels, num_tiles, seq_kv, v_mean + channels,
+                            v_scale + channels, v_offset + (num_tiles + 1) * channels);
     } else if (index -= num_tiles; index < k_ctas) {
         const Rows rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
         const int part = index % K_CTAS;
@@ -607,7 +643,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) quantize(
         const int q_head = h * group + index / q_ctas;
         const Rows rows(q, b, q_head, q_stride_b, q_stride_h, q_stride_s, head_dim);
         const long long row = (static_cast<long long>(b) * num_heads_q + q_head) * padded_rows;
-        quantize_q(shared, rows, seq_q, padded_rows, index % q_ctas * Q_CTA_ROWS, done.statistics[0], k_mean + channels,
-                   q_factor + channels, q_codes + row * HEAD_DIM, q_scale + row, q_mean_dot + row, softmax_scale);
+        quantize_q(shared, rows, seq_q, padded_rows, index % q_ctas * Q_CTA_ROWS, done.statistics[0],
+                   k_mean + channels, q_factor + channels, q_codes + row * HEAD_DIM, q_scale + row,
+                   q_mean_dot + row, softmax_scale);
     }
 }

@@ -5,7 +5,7 @@
 
 typedef unsigned short Half;  // FP16 or BF16 bits
 
-constexpr int THREADS = 128, WARPS = 4;
+constexpr int THREADS = 128, WARPS = 4;  // of a CTA
 
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256, "padded head dimension");
 
@@ -13,11 +13,11 @@ __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / 
 
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < __int_as_float(0x7F800000); }
 
-// The rows of one head.
+// The rows of one head: (seq_len, head_dim).
 struct Rows {
     const Half* data;
-    long long stride;
-    int head_dim;  // the actual one, at most HEAD_DIM
+    long long stride;  // elements from a row to the next
+    int head_dim;      // the actual one, at most HEAD_DIM
 
     __device__ Rows(const Half* tensor, int b, int h, long long stride_b, long long stride_h,
                     long long stride_s, int head_dim)
@@ -25,8 +25,9 @@ struct Rows {
 
     __device__ __forceinline__ const Half* at(int row, int channel) const { return data + row * stride + channel; }
 
-    // 8 channels of the row at p to shared memory, zeros beyond head_dim and unless the row exists; there after
-    // `cp_async_wait`. ALIGNED: head_dim, strides and addresses are multiples of 16 bytes.
+    // 8 channels from p = at(row, channel) to shared memory; zeros beyond head_dim, and where the row does not
+    // exist: nothing is read then. There after `cp_async_commit` and `cp_async_wait`.
+    // ALIGNED: rows (head_dim), strides and addresses are multiples of 16 bytes.
     __device__ __forceinline__ void copy(uint4* to, const Half* p, int channel, bool exists) const {
 #if ALIGNED
         copy_16_bytes(to, p, exists && channel < head_dim);
@@ -43,7 +44,7 @@ struct Rows {
     }
 };
 
-// f(channel) by the threads of a CTA.
+// f(channel) for every channel, by the threads of a CTA.
 template <class F> __device__ __forceinline__ void for_each_channel(F f) {
 #pragma unroll
     for (int i = 0; i < HEAD_DIM; i += THREADS) {
@@ -55,7 +56,7 @@ template <class F> __device__ __forceinline__ void for_each_channel(F f) {
 __device__ __forceinline__ unsigned finite(unsigned pair) {
     constexpr unsigned EXPONENT = IN_BF16 ? 0x7F807F80u : 0x7C007C00u;
     constexpr unsigned CARRY = IN_BF16 ? 0x00800080u : 0x04000400u;
-    const unsigned special = (pair & EXPONENT) + CARRY;  // bit 15 of a half: its exponent is all ones
+    const unsigned special = (pair & EXPONENT) + CARRY;  // bits 15 and 31: the exponent is all ones
     return pair & ~((special >> 15 & 0x00010001u) * 0xFFFFu);
 }
 
@@ -63,6 +64,7 @@ __device__ __forceinline__ uint4 finite(uint4 x) {
     return make_uint4(finite(x.x), finite(x.y), finite(x.z), finite(x.w));
 }
 
+// 8 numbers, exactly.
 __device__ __forceinline__ void widen(uint4 x, float (&y)[8]) {
     const unsigned words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll

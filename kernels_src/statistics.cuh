@@ -4,13 +4,15 @@
 #include "progress.cuh"
 #include "rows.cuh"
 
-constexpr int SUM_CHUNKS = 16, SUM_LANES = 16;
-// A CTA takes a chunk: a thread 8 channels of the lanes l, l + THREAD_ROWS, ...
+constexpr int SUM_CHUNKS = 16, SUM_LANES = 16;  // docs/numerics.md: C, and the lanes of a chunk
+// A CTA takes a chunk. Its threads share STATISTICS_ROWS rows (keys) at a time, STATISTICS_THREADS a row; thread
+// row r adds the THREAD_LANES lanes r, r + STATISTICS_ROWS, ... of 8 channels.
 constexpr int STATISTICS_THREADS = HEAD_DIM / 8, STATISTICS_ROWS = THREADS / STATISTICS_THREADS;
 constexpr int THREAD_LANES = SUM_LANES / STATISTICS_ROWS;
-constexpr int STATISTICS_DONE = SUM_CHUNKS + 1;  // arrivals: the chunks, and the last one again
+constexpr int STATISTICS_DONE = SUM_CHUNKS + 1;  // arrivals: of every chunk, then of what follows from them
 
-// Keys on their way to the thread that adds them.
+// Keys on their way to the thread that adds them, KEYS a batch, BATCHES under way. A thread reads only what it
+// has copied itself: no barrier.
 struct StatisticsRing {
     static constexpr int KEYS = 4, BATCHES = 4;
     typedef uint4 Batch[KEYS][THREADS];
@@ -19,7 +21,7 @@ struct StatisticsRing {
 
 static_assert(StatisticsRing::KEYS % THREAD_LANES == 0, "a batch starts with the first lane");
 
-// Of 8 channels. Extremes stay in the input's type, two in a word.
+// Of 8 channels and a thread's keys. Extremes stay in the input's type, two in a word.
 struct Statistics {
     float sum[THREAD_LANES][8];
     unsigned minimum[4], maximum[4];
@@ -49,9 +51,11 @@ struct Statistics {
         }
     }
 
-    // Keys `key, key + STATISTICS_ROWS, ...` below `end`, in this order.
+    // Adds keys `key, key + STATISTICS_ROWS, ...` below `end`, in this order, 8 channels from `channel` on.
+    // SPECIALS: NaN and infinities count as 0.
     template <bool SPECIALS>
-    __device__ __forceinline__ void add_keys(StatisticsRing& ring, const Rows& rows, int channel, int key, int end) {
+    __device__ __forceinline__ void add_keys(StatisticsRing& ring, const Rows& rows, int channel, int key,
+                                             int end) {
         const Half* p = rows.at(key, channel);
         const long long step = STATISTICS_ROWS * rows.stride;
         int copied = key;
@@ -85,7 +89,7 @@ struct Statistics {
         cp_async_wait<0>();
     }
 
-    // A NaN or an infinity shows in the extremes.
+    // Whether a NaN or an infinity was added: it shows in the extremes.
     __device__ __forceinline__ bool special() const {
         bool found = false;
 #pragma unroll
@@ -98,7 +102,8 @@ struct Statistics {
     }
 };
 
-// The sums of a chunk, and its extremes two in a word.
+// Of a chunk, in global memory: sums, and the extremes of channels 2i and 2i + 1 in word i. 2 HEAD_DIM words in
+// all, as sagepp/launch.py counts for `chunks`.
 struct ChunkStatistics {
     float sum[HEAD_DIM];
     unsigned minimum[HEAD_DIM / 2], maximum[HEAD_DIM / 2];
@@ -122,10 +127,11 @@ union StatisticsShared {
     };
 };
 
-// One chunk of the rows. Returns whether there is a NaN or an infinity.
+// Chunk number `chunk` of SUM_CHUNKS, perhaps empty. Returns, to all threads, whether there is a NaN or an
+// infinity; a thread that meets one adds its keys again, without it.
 __device__ __forceinline__ bool chunk_statistics(const Rows& rows, int seq_kv, int chunk, StatisticsShared& shared,
                                                  ChunkStatistics& out) {
-    const int row = threadIdx.x / STATISTICS_THREADS, thread = threadIdx.x % STATISTICS_THREADS, channel = 8 * thread;
+    const int row = threadIdx.x / STATISTICS_THREADS, channel = threadIdx.x % STATISTICS_THREADS * 8;
     const int chunk_keys = SUM_LANES * ceil_div(seq_kv, SUM_CHUNKS * SUM_LANES);
     const int begin = chunk * chunk_keys + row, end = min((chunk + 1) * chunk_keys, seq_kv);
     Statistics s;
@@ -145,27 +151,32 @@ __device__ __forceinline__ bool chunk_statistics(const Rows& rows, int seq_kv, i
         of_thread[i] = add_lanes<THREAD_LANES>(of_lane);
     }
     __syncthreads();  // the ring is free
-    reinterpret_cast<float4*>(&shared.sums[row][channel])[0] = make_float4(of_thread[0], of_thread[1], of_thread[2], of_thread[3]);
-    reinterpret_cast<float4*>(&shared.sums[row][channel])[1] = make_float4(of_thread[4], of_thread[5], of_thread[6], of_thread[7]);
-    *reinterpret_cast<uint4*>(&shared.minima[row][channel / 2]) = make_uint4(s.minimum[0], s.minimum[1], s.minimum[2], s.minimum[3]);
-    *reinterpret_cast<uint4*>(&shared.maxima[row][channel / 2]) = make_uint4(s.maximum[0], s.maximum[1], s.maximum[2], s.maximum[3]);
+    float4* sums = reinterpret_cast<float4*>(&shared.sums[row][channel]);
+    sums[0] = make_float4(of_thread[0], of_thread[1], of_thread[2], of_thread[3]);
+    sums[1] = make_float4(of_thread[4], of_thread[5], of_thread[6], of_thread[7]);
+    *reinterpret_cast<uint4*>(&shared.minima[row][channel / 2]) =
+        make_uint4(s.minimum[0], s.minimum[1], s.minimum[2], s.minimum[3]);
+    *reinterpret_cast<uint4*>(&shared.maxima[row][channel / 2]) =
+        make_uint4(s.maximum[0], s.maximum[1], s.maximum[2], s.maximum[3]);
     const bool special_chunk = __syncthreads_or(special);
     for_each_channel([&](int c) {
         float of_row[STATISTICS_ROWS];
 #pragma unroll
         for (int i = 0; i < STATISTICS_ROWS; ++i) of_row[i] = shared.sums[i][c];
         out.sum[c] = add_lanes<STATISTICS_ROWS>(of_row);
-        const bool is_minimum = c < HEAD_DIM / 2;
+        const bool is_minimum = c < HEAD_DIM / 2;  // half of the threads take the minima, half the maxima
         const int pair = c % (HEAD_DIM / 2);
         unsigned extreme = is_minimum ? shared.minima[0][pair] : shared.maxima[0][pair];
 #pragma unroll
         for (int i = 1; i < STATISTICS_ROWS; ++i)
-            extreme = is_minimum ? min_pair(extreme, shared.minima[i][pair]) : max_pair(extreme, shared.maxima[i][pair]);
+            extreme = is_minimum ? min_pair(extreme, shared.minima[i][pair])
+                                 : max_pair(extreme, shared.maxima[i][pair]);
         (is_minimum ? out.minimum : out.maximum)[pair] = extreme;
     });
     return special_chunk;
 }
 
+// Of one channel, from the SUM_CHUNKS chunks of its head, which other CTAs have written: past L1.
 __device__ __forceinline__ void mean_and_spread(const ChunkStatistics* chunks, int channel, int seq_kv,
                                                 bool subtract_mean, float& mean, float& spread) {
     float sums[SUM_CHUNKS], sum = 0.0f;
@@ -189,13 +200,14 @@ __device__ __forceinline__ void mean_and_spread(const ChunkStatistics* chunks, i
     if (!is_finite(spread)) mean = 0.0f, spread = fmaxf(maximum, -minimum);
 }
 
+// sign(d) of section 2: whether the channel is negated before the butterflies.
 __device__ __forceinline__ bool rotation_sign(unsigned channel) {
     unsigned h = channel * 0x9E3779B1u;
     return (h ^ (h >> 15)) * 0x85EBCA6Bu >> 31;
 }
 
-// What quantisation needs to know of each channel. The factors of Q and K are the balance and the
-// rotation's sign.
+// What quantisation needs to know of each channel; arrays of HEAD_DIM. The factors of Q and K are the balance, and
+// its reciprocal, with the sign of the rotation.
 __device__ __forceinline__ void finish_k(const ChunkStatistics* chunks, int seq_kv, float* k_mean, float* k_factor,
                                          float* q_factor) {
     for_each_channel([&](int channel) {
@@ -209,8 +221,8 @@ __device__ __forceinline__ void finish_k(const ChunkStatistics* chunks, int seq_
     });
 }
 
-__device__ __forceinline__ void finish_v(const ChunkStatistics* chunks, int seq_kv, float* v_mean, float* v_inverse,
-                                         float* v_scale) {
+__device__ __forceinline__ void finish_v(const ChunkStatistics* chunks, int seq_kv, float* v_mean,
+                                         float* v_inverse, float* v_scale) {
     for_each_channel([&](int channel) {
         float mean, spread;
         mean_and_spread(chunks, channel, seq_kv, true, mean, spread);

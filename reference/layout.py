@@ -6,7 +6,7 @@ Arrays here have one leading dimension, the flattened (batch, head).
 import numpy as np
 
 from . import formats
-from .quantize import in_tiles, k_order, v_order
+from .quantize import channel_order, in_tiles, k_order, v_order
 
 CHUNK_BYTES = 16
 WGMMA_ROW_SUM_ROWS = 8
@@ -25,12 +25,10 @@ def device_k_codes(k, plan):
 def device_v_codes(v, plan):
     """`QuantizedV` -> uint8 (heads, n_tiles, chunks, channels and row-sum rows, 16): V transposed.
 
-    A chunk holds consecutive positions of one channel: 16 of E4M3, 8 of FP16. For `wgmma` channels are
-    in the order of `wgmma_channels`.
+    A chunk holds consecutive positions of one channel: 16 of E4M3, 8 of FP16.
     """
-    codes = v.codes[..., v_order(plan), :]
+    codes = v.codes[..., v_order(plan), :][..., channel_order(plan)]
     if plan.kernel == "wgmma":
-        codes = codes[..., wgmma_channels(plan.head_dim)]
         unit = formats.to_e4m3(np.float32(plan.row_sum_unit))
         unit = np.full((*codes.shape[:-1], WGMMA_ROW_SUM_ROWS), unit, codes.dtype)
         codes = np.concatenate([codes, unit], axis=-1)
@@ -38,14 +36,6 @@ def device_v_codes(v, plan):
     per_chunk = CHUNK_BYTES // codes.itemsize
     chunks = codes.reshape(*lead, positions // per_chunk, per_chunk, channels)
     return np.ascontiguousarray(np.swapaxes(chunks, -1, -2)).view(np.uint8)
-
-
-def wgmma_channels(head_dim):
-    """The channel in each column of the product: a thread that has columns 2t and 2t + 1 of every 8
-    (PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk32") has 8 neighbouring channels of every 32.
-    """
-    column = np.arange(head_dim)
-    return column // 32 * 32 + column % 8 // 2 * 8 + column % 32 // 8 * 2 + column % 2
 
 
 def _swizzled_panels(codes):

@@ -76,6 +76,16 @@ def v_order(plan):
     return position % 16 // 4 * (plan.block_n // KEY_GROUPS) + position // 16 * 4 + position % 4
 
 
+def channel_order(plan):
+    """Channel of every column of P V. For `wgmma` a thread, which has columns 2t and 2t + 1 of every 8 (PTX
+    ISA, "Register Fragments for wgmma.mma_async"), has 8 neighbouring channels of every 32.
+    """
+    column = np.arange(plan.head_dim)
+    if plan.kernel == "mma":
+        return column
+    return column // 32 * 32 + column % 8 // 2 * 8 + column % 32 // 8 * 2 + column % 2
+
+
 def widen(x, head_dim):
     """Float32 of FP16 or BF16, the last dimension padded with zeros to `head_dim`."""
     padding = [(0, 0)] * (x.ndim - 1) + [(0, head_dim - x.shape[-1])]

@@ -5,7 +5,7 @@
 
 The host must not be slower than the GPU, so what depends on the shapes is worked out once: a `Launch`
 holds kernels, grids and one array of all kernel arguments, which every launch points into. A call then
-writes a handful of addresses and calls the driver three times, around CuPy's argument conversion.
+writes a handful of addresses and calls the driver three times, without CuPy's argument conversion.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ import numpy as np
 from . import jit
 from .plan import Plan, kernels, make_plan
 
+# As in `kernels_src/quantize.cu` and `statistics.cuh`.
 SUM_CHUNKS = 16  #: partial sums of K and V a head (docs/numerics.md, section 1)
 KEY_GROUPS = 4  #: scales of K a tile
+MAX_GRID_YZ = 65535  #: of CUDA, CTAs along y and z
+QUANTIZE_WARPS = 4  #: of a CTA of `quantize`
 Q_CTA_ROWS = 128  #: rows of Q that a CTA of `quantize` takes
-QUANTIZE_CTAS = 6  #: of `quantize` on an SM
-STATISTICS_LEAD = 5  #: KV heads that its statistics are ahead, at least
+QUANTIZE_CTAS = 6  #: CTAs of `quantize` that an SM holds at least (its launch bounds)
+
+STATISTICS_LEAD = 5  #: KV heads that the statistics in `quantize` are ahead of the codes, at least
 
 #: Kernel -> its parameters, in order. Names of arrays in the workspace are those of `_workspace`.
 _PARAMETERS = {
@@ -61,7 +65,7 @@ def _float_literal(x: float) -> str:
 
 
 def quantize_defines(plan: Plan, *, bfloat16=False, return_lse=False, smooth_k=True, aligned=True):
-    """Of `quantize.cu`. `aligned`: head_dim, strides and addresses are multiples of 16 bytes."""
+    """Of `quantize.cu`. `aligned`: rows of head_dim, strides and addresses are multiples of 16 bytes."""
     return (
         ("HEAD_DIM", plan.head_dim), ("BLOCK_M", plan.block_m), ("BLOCK_N", plan.block_n),
         ("V_F16", int(plan.v_dtype == "f16")), ("V_MAX", _float_literal(plan.v_max)),
@@ -102,6 +106,8 @@ def attention_grid(plan: Plan, batch: int, num_heads: int, seq_q: int, num_sms: 
     """Grid and block size of the attention kernel: (x, y, z), threads."""
     row_blocks = -(-seq_q // plan.block_m)
     if plan.kernel == "mma":
+        if max(num_heads, batch) > MAX_GRID_YZ:
+            raise ValueError(f"q has batch {batch} and {num_heads} heads; this kernel takes {MAX_GRID_YZ} of each")
         return (row_blocks, num_heads, batch), 32 * plan.num_warps
     return (min(num_sms, row_blocks * num_heads * batch), 1, 1), 32 * plan.num_warps  # persistent
 
@@ -156,17 +162,17 @@ class Geometry:
 
 
 def _workspace(geometry: Geometry, plan: Plan) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Name -> shape and dtype of every intermediate array."""
+    """Name -> shape and dtype of every intermediate array. Channels and rows of queries are the padded ones."""
     heads_q, heads_kv = geometry.batch * geometry.num_heads_q, geometry.batch * geometry.num_heads_kv
     d, n = plan.head_dim, plan.block_n
-    width = min(d, 128)
+    width = min(d, 128)  # channels of a panel of codes
     q_tiles, kv_tiles = -(-geometry.seq_q // plan.block_m), -(-geometry.seq_kv // n)
-    chunk_keys = 8 if plan.v_dtype == "f16" else 16
+    chunk_keys = 8 if plan.v_dtype == "f16" else 16  # in 16 bytes of V
     channels = ((heads_kv, d), np.float32)
     rows = ((heads_q, q_tiles * plan.block_m), np.float32)
     return {
-        "progress": ((heads_kv, 4), np.uint32),  # first: cleared before each call
-        "chunks": ((heads_kv, 2, SUM_CHUNKS, 2 * d), np.float32),
+        "progress": ((heads_kv, 4), np.uint32),  # struct Progress; first, as it is cleared before each call
+        "chunks": ((heads_kv, 2, SUM_CHUNKS, 2 * d), np.float32),  # K, V; struct ChunkStatistics
         "k_mean": channels, "k_factor": channels, "q_factor": channels,
         "v_mean": channels, "v_inverse": channels, "v_scale": channels,
         "k_scale_max": ((heads_kv,), np.float32),
@@ -183,14 +189,18 @@ def _workspace(geometry: Geometry, plan: Plan) -> dict[str, tuple[tuple[int, ...
 
 def _k_ctas(plan: Plan) -> int:
     """CTAs of `quantize` for a tile of K: `K_CTAS` of quantize.cu."""
-    warp_rows, passes = 1024 // plan.head_dim, plan.head_dim // 32
+    row_threads = 2 if plan.head_dim < 128 else 4
+    warp_rows = 32 // row_threads
     group_warps = next(n for n in (1, 2, 4) if plan.block_n // KEY_GROUPS <= n * warp_rows)
-    return max(1, KEY_GROUPS * group_warps // (4 * passes))
+    return max(1, KEY_GROUPS * group_warps * warp_rows // Q_CTA_ROWS)  # no more rows of K a CTA than of Q
 
 
 def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, int]:
-    """CTAs of `quantize`, and by how many KV heads its statistics are ahead of its codes: as many as the GPU
-    holds twice, so that nobody waits, and few enough for K and V to be in the L2 cache still."""
+    """CTAs of `quantize`, and by how many KV heads its statistics are ahead of its codes.
+
+    The CTAs of so many heads fill the GPU twice: the statistics are then ready before the codes start. More would
+    be worse: K and V should be in the L2 cache still.
+    """
     g = geometry
     q_ctas = g.num_heads_q // g.num_heads_kv * -(-_align(g.seq_q, plan.block_m) // Q_CTA_ROWS)
     head_ctas = 2 * SUM_CHUNKS + -(-g.seq_kv // plan.block_n) * (1 + _k_ctas(plan)) + q_ctas
@@ -200,6 +210,7 @@ def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, i
 
 
 def _align(n: int, to: int = 256) -> int:
+    """`n` rounded up to a multiple of `to`. The default is the alignment, in bytes, of arrays in the workspace."""
     return -(-n // to) * to
 
 
@@ -210,8 +221,8 @@ class _Step(NamedTuple):
     grid_x: int
     grid_y: int
     grid_z: int
-    threads: int
-    shared_bytes: int
+    threads: int  #: a CTA
+    shared_bytes: int  #: dynamic shared memory a CTA
 
 
 class Launch:
@@ -241,7 +252,7 @@ class Launch:
         self._workspace_slots = slots[len(_ARRAYS):len(_ARRAYS) + len(self.arrays)]
         self._workspace_offsets = np.array(list(self.offsets.values()), np.int64)
         self._workspace_address = None
-        self._progress_bytes = 16 * self.arrays["progress"][0][0]
+        self._progress_bytes = 4 * math.prod(self.arrays["progress"][0])
         self._pointers = [
             slots.ctypes.data + 8 * np.array([names.index(name) for name in parameters], np.uint64)
             for parameters in _PARAMETERS.values()]
@@ -251,7 +262,7 @@ class Launch:
         defines = quantize_defines(plan, bfloat16=g.bfloat16, return_lse=g.return_lse,
                                    smooth_k=g.smooth_k, aligned=g.aligned)
         function = jit.get_kernel("quantize.cu", "quantize", arch, defines).kernel.ptr
-        quantize = _Step(function, ctas, 1, 1, 128, 0)
+        quantize = _Step(function, ctas, 1, 1, 32 * QUANTIZE_WARPS, 0)
         shared_bytes = attention_shared_bytes(plan)
         kernel = jit.get_kernel(
             attention_source(plan), "attention", arch,
@@ -268,7 +279,8 @@ class Launch:
             self._workspace_address = workspace
 
     def run(self, stream: int, first: int = 0, last: int = 2) -> None:
-        """Launch the kernels number `first` to `last - 1`. The driver copies the arguments."""
+        """Launch the kernels number `first` to `last - 1`: 0 is `quantize`, 1 `attention`. The driver copies the
+        arguments."""
         launch, memset = _driver()
         if first == 0:
             memset(self._workspace_address, 0, self._progress_bytes, stream)
@@ -347,8 +359,8 @@ def _new_launch(q, k, v, out, is_causal, causal_alignment, sm_scale, return_lse,
     batch, num_heads_q, seq_q, head_dim = q.shape
     strides = tuple(tuple(stride // 2 for stride in x.strides[:3]) for x in (q, k, v, out))
     aligned = not any(
-        x.data.ptr & 15 or any(stride & 15 for n, stride in zip(x.shape[:3], x.strides) if n > 1)
-        for x in (q, k, v))
+        x.data.ptr & 15 or any(x.strides[axis] & 15 for axis in range(3) if x.shape[axis] > 1 or axis == 2)
+        for x in (q, k, v))  # rows beyond the last are addressed, though not read
     geometry = Geometry(
         batch=batch, num_heads_q=num_heads_q, num_heads_kv=k.shape[1], seq_q=seq_q, seq_kv=k.shape[2],
         head_dim=head_dim, strides=strides, bfloat16=q.dtype == _BFLOAT16,
@@ -379,7 +391,7 @@ class Prepared:
                           self.lse.data.ptr if return_lse else 0, self._workspace.ptr)
 
     def quantize(self) -> None:
-        """Everything before the attention kernel."""
+        """The `quantize` kernel, and the memset before it."""
         self._run(0, 1)
 
     def attend(self) -> None:

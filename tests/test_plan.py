@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import strategies
 
+from sagepp.launch import attention_grid
 from sagepp.plan import ARCHITECTURES, FP16_MAX, P_MAX, kernels, make_plan, padded_head_dim, row_sum_unit, v_range
 from sagepp.reference import formats, quantize, tensor_core
 
@@ -95,3 +96,11 @@ def test_a_thread_multiplies_the_scores_that_it_holds(plan):
     position = column
     thread_of_position = position % 16 // 4 if plan.v_dtype == "e4m3" else position % 8 // 2
     np.testing.assert_array_equal(thread_of_key[quantize.v_order(plan)], thread_of_position)
+
+
+def test_a_grid_that_cuda_does_not_have_is_an_error():
+    plan = make_plan("sm_89", 64)
+    assert attention_grid(plan, 65535, 1, 200, 100) == ((2, 1, 65535), 128)
+    with pytest.raises(ValueError, match="batch 65536"):
+        attention_grid(plan, 65536, 1, 200, 100)
+    assert attention_grid(make_plan("sm_90a", 64), 65536, 1, 200, 100)[0] == (100, 1, 1)

@@ -83,7 +83,7 @@ def expected_buffers(q, k, v, sm_scale, smooth_k, plan):
         "q_mean_dot": flat(quantized_q.mean_dot),
         "k_codes": flat(quantized_k.codes)[:, :, reference.k_order(plan)],
         "k_scale": flat(quantized_k.scale), "k_scale_max": quantized_k.scale_max.reshape(-1),
-        "v_codes": flat(quantized_v.codes)[:, :, reference.v_order(plan)],
+        "v_codes": flat(quantized_v.codes)[:, :, reference.v_order(plan)][..., reference.channel_order(plan)],
         "v_scale": flat(quantized_v.scale) + np.float32(0), "v_offset": flat(quantized_v.offset)}
 
 

@@ -416,5 +416,7 @@ def test_device_layout_holds_every_code(plan):
     rows = plan.head_dim + (8 if plan.kernel == "wgmma" else 0)
     assert device_v.shape == (2, v.codes.shape[1], plan.block_n // per_chunk, rows, 16)
     key = quantize.v_order(plan)[per_chunk + 3]
-    stored = device_v[0, 0, 1, channel].view(v.codes.dtype)[3]
-    assert stored == v.codes[0, 0, key, channel]
+    column = 22
+    stored = device_v[0, 0, 1, column].view(v.codes.dtype)[3]
+    assert stored == v.codes[0, 0, key, quantize.channel_order(plan)[column]]
+    assert np.array_equal(np.sort(quantize.channel_order(plan)), np.arange(plan.head_dim))

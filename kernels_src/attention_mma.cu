@@ -31,7 +31,7 @@ static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "one swizzled panel of Q and K"
 static_assert(BLOCK_M == NUM_WARPS * M_TILES * 16, "a warp owns whole MMA tiles");
 static_assert(KEY_BLOCKS % KEY_BLOCKS_AT_ONCE == 0 && V_CHUNKS % 4 == 0, "four matrices an ldmatrix");
 static_assert(ROW_SUM_UNIT == 1.0f && ROW_SUM_ROWS == 0, "the row sum takes a column of ones, kept in a register");
-static_assert(!P_CODE && PROMOTE_EVERY == 1 && STAGES >= 2, "not written");
+static_assert(!LINEAR && PROMOTE_EVERY == 1 && STAGES >= 2, "not written");
 
 constexpr int Q_BYTES = BLOCK_M * HEAD_DIM, K_BYTES = BLOCK_N * HEAD_DIM;
 constexpr int V_BYTES = V_CHUNKS * HEAD_DIM * 16;

@@ -16,6 +16,7 @@ constexpr int V_ROWS = HEAD_DIM + ROW_SUM_ROWS;
 constexpr int ROW_BYTES = HEAD_DIM;  // of Q and K, and their swizzle: 128 or 64 bytes
 constexpr unsigned LAYOUT_QK = HEAD_DIM == 64 ? LAYOUT_SWIZZLE_64 : LAYOUT_SWIZZLE_128;
 
+static_assert(LINEAR, "scores are denormals");
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "one swizzled panel");
 static_assert(ROW_SUM_ROWS == 8, "the row sum is one more group of 8 columns of V");
 static_assert(BLOCK_N % 32 == 0, "P V takes 32 keys at a time");
@@ -45,7 +46,8 @@ constexpr int V_OFFSET = K_OFFSET + K_BYTES;
 constexpr int STAGE_BYTES = align_up(K_BYTES + V_BYTES, 1024);
 constexpr int SCALE_OFFSET = K_OFFSET + STAGES * STAGE_BYTES;  // k_scale: 16 bytes a stage
 constexpr int ITEM_OFFSET = SCALE_OFFSET + STAGES * 16;
-constexpr int BARRIER_OFFSET = ITEM_OFFSET + 2 * sizeof(ItemScales);
+constexpr int ONES_OFFSET = ITEM_OFFSET + 2 * sizeof(ItemScales);  // 128 bytes of ones, for SCORE_START
+constexpr int BARRIER_OFFSET = ONES_OFFSET + 128;
 
 // Barriers, 8 bytes each: an item's Q and scales, and a stage's K and V, have arrived or are done with.
 enum Barrier { Q_FULL, Q_EMPTY = Q_FULL + 2, FULL = Q_EMPTY + 2, EMPTY = FULL + STAGES,
@@ -157,9 +159,6 @@ constexpr int WORDS = BLOCK_N / 16;  // of P a row and thread: codes of keys 4i 
 
 struct Row : RowState {
     float l;
-    float alpha;  // what a move of the bound in the latest tile scales the sums by; 1 without a move
-
-    __device__ bool moved() const { return alpha != 1.0f; }  // a move shrinks them, or they are NaN
 };
 
 // Word i of a row is register 4 (i / 2) + 2 (i % 2) + r of the A fragments; its scores are s[8i + 2r],
@@ -182,47 +181,24 @@ __device__ __forceinline__ int largest_score(const unsigned (&s)[8 * WORDS], int
     return max(largest[0], largest[1]);
 }
 
-// Steps 5 and 6 for one tile. `visible[r]` keys of the thread's group are visible to row r; only a masked
-// tile has others.
-__device__ __forceinline__ void softmax_tile(unsigned (&p)[2 * WORDS], Row (&row)[2],
-                                             const unsigned (&s)[8 * WORDS], const int (&visible)[2],
-                                             float k_scale, bool masked) {
-    RowMap map[2] = {RowMap(row[0], k_scale), RowMap(row[1], k_scale)};
-    int largest[2];
-    bool sees[2], moves[2];
+// P of one row.
+__device__ __forceinline__ void form_row(unsigned (&p)[2 * WORDS], const RowMap& map,
+                                         const unsigned (&s)[8 * WORDS], int r) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        largest[r] = largest_score(s, r, visible[r], masked);
-        sees[r] = !masked || visible[r] > 0;
-        moves[r] = sees[r] && map[r].reaches_limit(largest[r]);
-        row[r].alpha = 1.0f;
+    for (int i = 0; i < WORDS; ++i) {
+        unsigned scores[4] = {s[score_index(i, r, 0)], s[score_index(i, r, 1)], s[score_index(i, r, 2)],
+                              s[score_index(i, r, 3)]};
+        p[word_index(i, r)] = form_p(map, scores);
     }
-    if (__builtin_expect(__any_sync(FULL_MASK, moves[0] || moves[1]), 0)) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float bound = tile_bound(largest[r] - static_cast<int>(SCORE_START), sees[r], row[r].scale, k_scale);
-            if (!quad_or(moves[r])) continue;
-            row[r].alpha = shrink_factor(row[r].bound, bound);
-            row[r].bound = bound;
-            map[r] = RowMap(row[r], k_scale);
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i) {
-            unsigned scores[4] = {s[score_index(i, r, 0)], s[score_index(i, r, 1)], s[score_index(i, r, 2)],
-                                  s[score_index(i, r, 3)]};
-            p[word_index(i, r)] = form_p(map[r], scores);
-        }
-    if (!masked) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i) p[word_index(i, r)] = mask_p(p[word_index(i, r)], visible[r] - 4 * i);
 }
 
 // ---- consumer ----------------------------------------------------------------------------------
+
+// The first of the thread's two rows, 8 apart; computed where it is needed, because registers are scarce.
+__device__ __forceinline__ int row_in_block() {
+    int thread = thread_index() - 128;
+    return thread / 32 * 16 + thread % 32 / 4;
+}
 
 // Keys of a tile that a row sees, counted from the first key of the thread's group.
 __device__ __forceinline__ int visible_keys(const Problem& problem, int row, int tile, int group) {
@@ -231,14 +207,11 @@ __device__ __forceinline__ int visible_keys(const Problem& problem, int row, int
     return end - tile * BLOCK_N - group * (BLOCK_N / 4);
 }
 
-// q, k, v: low words of the descriptors of the warpgroup's Q and of the tile's K and V. `s` holds finite
-// numbers, read as FP32: the scores of the tile before, or zeros.
-__device__ __forceinline__ void issue_qk(unsigned (&s)[BLOCK_N / 2], unsigned q, unsigned k) {
+// q, k, ones, v: low words of the descriptors of the warpgroup's Q, of the tile's K, of ONES and of the tile's V.
+__device__ __forceinline__ void issue_qk(unsigned (&s)[BLOCK_N / 2], unsigned q, unsigned k, unsigned ones) {
     constexpr unsigned HIGH = descriptor_high(8 * ROW_BYTES, LAYOUT_QK);
-#pragma unroll
-    for (int i = 0; i < BLOCK_N / 2; ++i)  // an FMA: twice the rate of a move
-        s[i] = __float_as_uint(__fmaf_rn(__uint_as_float(s[i]), 0.0f, __uint_as_float(SCORE_START)));
     wgmma_fence();
+    wgmma_u8_square(s, ones);  // SCORE_START
 #pragma unroll
     for (int d = 0; d < HEAD_DIM; d += 32) wgmma_s8<HIGH>(s, q + d / 16, k + d / 16);
     wgmma_commit();
@@ -265,14 +238,26 @@ __device__ __forceinline__ void promote(float (&o)[HEAD_DIM / 2], Row& row,
     row.l = __fadd_rn(row.l, low_half(t[HEAD_DIM / 4 + r]));
 }
 
-// What was summed before the bound moved, in units of the new bound.
-__device__ __forceinline__ void rescale(float (&o)[HEAD_DIM / 2], Row& row, int r) {
+// Where a bound moves: O = (O + T) alpha, l likewise, T = 0 for one row. At the end of an interval T has its turn
+// before that, and O + 0 remains, the zero of which is +0; T = -0 then changes nothing when it is promoted.
+__device__ __forceinline__ void rescale(float (&o)[HEAD_DIM / 2], Row& row, unsigned (&t)[V_ROWS / 4], int r,
+                                        float alpha, bool interval_ended) {
+    promote(o, row, t, r);
+    if (interval_ended) {
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 8; ++i) {
+            o[4 * i + 2 * r] = __fadd_rn(o[4 * i + 2 * r], 0.0f);
+            o[4 * i + 2 * r + 1] = __fadd_rn(o[4 * i + 2 * r + 1], 0.0f);
+        }
+    }
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 8; ++i) {
-        o[4 * i + 2 * r] = __fmul_rn(o[4 * i + 2 * r], row.alpha);
-        o[4 * i + 2 * r + 1] = __fmul_rn(o[4 * i + 2 * r + 1], row.alpha);
+        o[4 * i + 2 * r] = __fmul_rn(o[4 * i + 2 * r], alpha);
+        o[4 * i + 2 * r + 1] = __fmul_rn(o[4 * i + 2 * r + 1], alpha);
     }
-    row.l = __fmul_rn(row.l, row.alpha);
+    row.l = __fmul_rn(row.l, alpha);
+#pragma unroll
+    for (int i = 0; i < V_ROWS / 8; ++i) t[2 * i + r] = interval_ended ? 0x80008000u : 0u;
 }
 
 struct Output {
@@ -333,7 +318,6 @@ struct Consumer {
     const Problem& problem;
     const unsigned shared;
     unsigned q;         // descriptor of the warpgroup's rows of Q
-    int first_row;      // of this thread: g and g + 8 of its warp
     RingPosition ring;  // of the latest tile whose Q K^T was issued; between work items, of the next one
     float k_scale;      // of that tile
     Row row[2];
@@ -352,7 +336,8 @@ struct Consumer {
         mbarrier_wait(barrier(shared, FULL + ring.stage), ring.parity);
         asm volatile("ld.shared.f32 %0, [%1];" : "=f"(k_scale)
                      : "r"(shared + SCALE_OFFSET + 16 * ring.stage + threadIdx.x % 4 * 4) : "memory");
-        issue_qk(s, q, descriptor_low(shared + ring.stage * STAGE_BYTES + K_OFFSET, 16));
+        issue_qk(s, q, descriptor_low(shared + ring.stage * STAGE_BYTES + K_OFFSET, 16),
+                 descriptor_low(shared + ONES_OFFSET, 0));
     }
 
     // P V of the tile in `stage`, added to T unless that tile begins a promotion interval.
@@ -360,31 +345,48 @@ struct Consumer {
         issue_pv(t, p, descriptor_low(shared + stage * STAGE_BYTES + V_OFFSET, V_ROWS * 16), accumulate);
     }
 
-    // P of `tile` from its scores, any of which the mask may hide.
-    __device__ void softmax(unsigned (&p)[2 * WORDS], const WorkItem& item, int tile) {
-        int group = threadIdx.x % 4;
-        int visible[2] = {visible_keys(problem, first_row, tile, group),
-                          visible_keys(problem, first_row + 8, tile, group)};
-        softmax_tile(p, row, s, visible, k_scale, tile >= item.num_plain_tiles);
-    }
-
-    void __device__ promote_all() {
-        promote(o, row[0], t, 0);
-        promote(o, row[1], t, 1);
-    }
-
-    // What was summed before a bound moved in the latest tile is brought to the new bound. `in_o`: all of it
-    // is in O already.
-    __device__ void follow_bound(bool in_o) {
-        if (!__any_sync(FULL_MASK, row[0].moved() || row[1].moved())) return;
+    // Steps 5 and 6 for `tile`. `visible[r]` keys of the thread's group are visible to row r; only a masked tile has
+    // others. Where a bound moves, what was summed before it follows.
+    __device__ void softmax(unsigned (&p)[2 * WORDS], int tile, const int (&visible)[2], bool masked) {
+        RowMap map[2] = {RowMap(row[0], k_scale), RowMap(row[1], k_scale)};
+        int largest[2];
+        bool sees[2], moves[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            if (!row[r].moved()) continue;
-            if (!in_o) promote(o, row[r], t, r);
-            rescale(o, row[r], r);
-#pragma unroll
-            for (int i = 0; i < V_ROWS / 8; ++i) t[2 * i + r] = 0;
+            largest[r] = largest_score(s, r, visible[r], masked);
+            sees[r] = !masked || visible[r] > 0;
+            moves[r] = sees[r] && map[r].reaches_limit(largest[r]);
         }
+        if (__builtin_expect(__any_sync(FULL_MASK, moves[0] || moves[1]), 0)) {
+            wgmma_wait<0>();
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float bound = tile_bound(largest[r] - static_cast<int>(SCORE_START), sees[r], row[r].scale, k_scale);
+                if (!quad_or(moves[r])) continue;
+                if (tile > 0) rescale(o, row[r], t, r, shrink_factor(row[r].bound, bound), tile % PROMOTE_EVERY == 0);
+                row[r].bound = bound;
+                map[r] = RowMap(row[r], k_scale);
+            }
+        }
+        form_row(p, map[0], s, 0);
+        form_row(p, map[1], s, 1);
+        if (!masked) return;
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int i = 0; i < WORDS; ++i) p[word_index(i, r)] = mask_p(p[word_index(i, r)], visible[r] - 4 * i);
+    }
+
+    // The same for a tile that the mask may hide in part.
+    __device__ void softmax(unsigned (&p)[2 * WORDS], const WorkItem& item, int tile) {
+        int row = item.row_block * BLOCK_M + row_in_block(), group = thread_index() % 4;
+        int visible[2] = {visible_keys(problem, row, tile, group), visible_keys(problem, row + 8, tile, group)};
+        softmax(p, tile, visible, tile >= item.num_plain_tiles);
+    }
+
+    __device__ void promote_all() {
+        promote(o, row[0], t, 0);
+        promote(o, row[1], t, 1);
     }
 
     __device__ void next_scores() {
@@ -392,21 +394,26 @@ struct Consumer {
         start_scores();
     }
 
-    // One of UNROLLED unmasked tiles, whose Q K^T is under way: P V of the tile before it, in stage `last`,
-    // under its softmax, then the next one's Q K^T and so on.
+    // Before P V of `tile`: T of an interval that has ended goes into O.
+    __device__ void settle(int tile) {
+        if (tile > 0 && tile % PROMOTE_EVERY == 0) promote_all();
+    }
+
+    // Tile `first + I` of UNROLLED unmasked ones, whose Q K^T is under way: P V of the tile before it, in stage
+    // `last`, under its softmax, then the next one's Q K^T and so on. Not a loop: ptxas serialises products that are
+    // under way at the end of a loop's body (C7514).
     template <int I>
-    __device__ void step(unsigned (&p)[2 * WORDS], unsigned (&next_p)[2 * WORDS], int last, bool accumulate) {
-        start_values(p, last, accumulate);
+    __device__ void step(unsigned (&p)[2 * WORDS], unsigned (&next_p)[2 * WORDS], int first, int last) {
+        start_values(p, last, I > 0 || (first - 1) % PROMOTE_EVERY != 0);
         wgmma_wait<1>();
         const int visible[2] = {BLOCK_N, BLOCK_N};
-        softmax_tile(next_p, row, s, visible, k_scale, false);
+        softmax(next_p, first + I, visible, false);
         if constexpr (I + 1 < UNROLLED) {
             int current = ring.stage;
             next_scores();
             wgmma_wait<1>();
             release(EMPTY + last);
-            follow_bound(false);
-            step<I + 1>(next_p, p, current, true);
+            step<I + 1>(next_p, p, first, current);
         } else {
             wgmma_wait<0>();
             release(EMPTY + last);
@@ -418,25 +425,20 @@ struct Consumer {
         start_scores();
         wgmma_wait<0>();
         softmax(p, item, 0);
-        row[0].alpha = row[1].alpha = 1.0f;  // there are no sums yet
         int tile = 1;
         for (; tile + UNROLLED <= item.num_plain_tiles; tile += UNROLLED) {
             unsigned next_p[2 * WORDS];
             int last = ring.stage;
-            bool begins_interval = (tile - 1) % PROMOTE_EVERY == 0;
             next_scores();
-            if (tile > 1 && begins_interval) promote_all();
-            follow_bound(begins_interval);
-            step<0>(p, next_p, last, !begins_interval);
+            settle(tile - 1);
+            step<0>(p, next_p, tile, last);
         }
         for (; tile < item.num_tiles; ++tile) {
             unsigned next_p[2 * WORDS];
             int last = ring.stage;
-            bool begins_interval = (tile - 1) % PROMOTE_EVERY == 0;
             next_scores();
-            if (tile > 1 && begins_interval) promote_all();
-            follow_bound(begins_interval);
-            start_values(p, last, !begins_interval);
+            settle(tile - 1);
+            start_values(p, last, (tile - 1) % PROMOTE_EVERY != 0);
             wgmma_wait<1>();
             softmax(next_p, item, tile);
             wgmma_wait<0>();
@@ -444,10 +446,8 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < 2 * WORDS; ++i) p[i] = next_p[i] ^ (problem.seq_q >> 31);  // not a move: C7513
         }
-        bool begins_interval = (tile - 1) % PROMOTE_EVERY == 0;
-        if (tile > 1 && begins_interval) promote_all();
-        follow_bound(begins_interval);
-        start_values(p, ring.stage, !begins_interval);
+        settle(tile - 1);
+        start_values(p, ring.stage, (tile - 1) % PROMOTE_EVERY != 0);
         wgmma_wait<0>();
         release(EMPTY + ring.stage);
         promote_all();
@@ -457,8 +457,7 @@ struct Consumer {
 
 __device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_scales, const Output& out,
                                         const Problem& problem, int heads, float sm_scale) {
-    int warpgroup = __shfl_sync(FULL_MASK, threadIdx.x / 128, 0) - 1, lane = threadIdx.x % 32;
-    int row_in_block = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+    int warpgroup = __shfl_sync(FULL_MASK, threadIdx.x / 128, 0) - 1;
     int num_items = heads * problem.num_row_blocks();
     Consumer consumer{problem, shared};
     for (int n = 0, index; (index = work_index(n)) < num_items; ++n) {
@@ -466,11 +465,10 @@ __device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_
         int buffer = n % 2;
         const ItemScales& scales = item_scales[buffer];
         consumer.q = descriptor_low(shared + buffer * Q_BYTES + warpgroup * 64 * ROW_BYTES, 16);
-        consumer.first_row = item.row_block * BLOCK_M + row_in_block;
         mbarrier_wait(barrier(shared, Q_FULL + buffer), n / 2 & 1);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float q_scale = scales.q_scale[row_in_block + 8 * r];
+            float q_scale = scales.q_scale[row_in_block() + 8 * r];
             consumer.row[r] = Row{{limited_row_scale(q_scale, scales.k_scale_max[0]), minus_infinity()}, 0.0f};
         }
 #pragma unroll
@@ -482,11 +480,11 @@ __device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_
         unsigned short* destination[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            int row = consumer.first_row + 8 * r;
+            int row_of_block = row_in_block() + 8 * r, row = item.row_block * BLOCK_M + row_of_block;
             destination[r] = row < problem.seq_q ? head + row * out.stride_s : nullptr;
-            if (RETURN_LSE && destination[r] && lane % 4 == 0)
+            if (RETURN_LSE && destination[r] && thread_index() % 4 == 0)
                 out.lse[static_cast<long long>(item.head) * problem.seq_q + row] = row_lse(
-                    consumer.row[r].bound, consumer.row[r].l, sm_scale, scales.q_mean_dot[row_in_block + 8 * r]);
+                    consumer.row[r].bound, consumer.row[r].l, sm_scale, scales.q_mean_dot[row_of_block]);
         }
         if (out.vectors()) write_rows<true>(destination, out.head_dim, consumer.o, consumer.row, scales);
         else write_rows<false>(destination, out.head_dim, consumer.o, consumer.row, scales);
@@ -515,6 +513,8 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
         }
         mbarrier_fence_init();
     }
+    if (threadIdx.x < 32) reinterpret_cast<unsigned*>(dynamic_shared + ONES_OFFSET)[threadIdx.x] = ~0u;
+    async_proxy_fence();
     __syncthreads();
     if (threadIdx.x < 128) {
         registers_lower<PRODUCER_REGISTERS>();

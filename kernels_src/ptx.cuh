@@ -16,6 +16,13 @@ template <class T> __device__ __forceinline__ T opaque(T x) {
     return x;
 }
 
+// threadIdx.x, read again at every call: nothing that is computed from it stays in a register.
+__device__ __forceinline__ int thread_index() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
 // 16 bytes, past L1; both addresses are multiples of 16.
 __device__ __forceinline__ void cp_async_16(unsigned destination, const void* source) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source) : "memory");
@@ -90,6 +97,24 @@ __device__ __forceinline__ unsigned cvt_e4m3x4(float x0, float x1, float x2, flo
     return word;
 }
 
+// Four E4M3 codes of two pairs of FP16.
+__device__ __forceinline__ unsigned cvt_e4m3x4(unsigned pair0, unsigned pair1) {
+    unsigned word;
+    asm("{\n.reg .b16 low, high;\n"
+        "cvt.rn.satfinite.e4m3x2.f16x2 low, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f16x2 high, %2;\n"
+        "mov.b32 %0, {low, high};\n}"
+        : "=r"(word) : "r"(pair0), "r"(pair1));
+    return word;
+}
+
+// Two integers, clamped to 0 .. 65535.
+__device__ __forceinline__ unsigned cvt_u16x2(int x0, int x1) {
+    unsigned word;
+    asm("cvt.pack.sat.u16.s32 %0, %2, %1;" : "=r"(word) : "r"(x0), "r"(x1));
+    return word;
+}
+
 // Four integers, clamped to 0 .. 255.
 __device__ __forceinline__ unsigned cvt_u8x4(int x0, int x1, int x2, int x3) {
     unsigned word;
@@ -98,6 +123,13 @@ __device__ __forceinline__ unsigned cvt_u8x4(int x0, int x1, int x2, int x3) {
         "cvt.pack.sat.u8.s32.b32 %0, %2, %1, high;\n}"
         : "=r"(word) : "r"(x0), "r"(x1), "r"(x2), "r"(x3));
     return word;
+}
+
+// a * b + c of two FP16, each rounded once.
+__device__ __forceinline__ unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
+    unsigned d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
 }
 
 __device__ __forceinline__ unsigned cvt_f16x2(float low, float high) {

@@ -1,15 +1,25 @@
 // Steps 5, 6 and 8 of docs/numerics.md for one row of a tile, as one thread of a quad holds it: the
 // scores of its key group, in key order. Nothing here knows the shape of a matrix instruction.
 //
-// Compiled with: BLOCK_N, V_F16, P_CODE, AIM, ROW_SUM_UNIT, OUT_BF16.
+// Compiled with: BLOCK_N, V_F16, P_FORM, AIM, ROW_SUM_UNIT, OUT_BF16.
 #pragma once
 
 #include "log2.cuh"
 #include "ptx.cuh"
 
-static_assert(!(V_F16 && P_CODE), "the form `code` makes E4M3 codes");
+// Values of P_FORM. In the linear forms log2 of P is an integer number of steps.
+#define EX2 0
+#define CODE 1
+#define CHORD 2
+constexpr bool LINEAR = P_FORM != EX2;
+static_assert(!(V_F16 && LINEAR), "the linear forms make E4M3 codes");
 
-constexpr unsigned SCORE_START = P_CODE ? 0x00400000u : 0x4B400000u;  // accumulators of S start here
+// Accumulators of S start here. For the linear forms it is 32 products of 255 and 255, a multiply that the tensor
+// cores do, and more than the largest |S| of 128 channels: scores arrive positive, and read as FP32 they are denormals.
+constexpr unsigned SCORE_START = LINEAR ? 32 * 255 * 255 : 0x4B400000u;
+constexpr float STEPS_PER_OCTAVE = P_FORM == CODE ? 8.0f : 1024.0f;
+constexpr float STEPS_AT_BOUND = P_FORM == CODE ? 8 * (AIM + 7) : 1024 * (AIM + 14) - 51;
+constexpr int STEPS_AT_LIMIT = P_FORM == CODE ? 112 : 21400;  // the first whose P is E4M3 code 112 or more
 constexpr unsigned FULL_MASK = 0xFFFFFFFFu;
 constexpr int P_PER_WORD = V_F16 ? 2 : 4;
 constexpr int P_BITS = 32 / P_PER_WORD;
@@ -32,22 +42,26 @@ __device__ __forceinline__ float limited_row_scale(float q_scale, float k_scale_
 
 // ---- step 6: P ---------------------------------------------------------------------------------
 
-// The factor of the integer score: log2 of P, or code units, a step of S.
-__device__ __forceinline__ float score_factor(float row_scale, float k_scale) {
-    float a = __fmul_rn(row_scale, k_scale);
-    if (P_CODE) a = __fmul_rn(rintf(__fmul_rn(33554432.0f, a)), 2.384185791015625e-7f);
-    return a;
+// Steps of log2 P that SCORE_START stands for, an integer.
+__device__ __forceinline__ float start_steps(float row_scale, float k_scale) {
+    return rintf(__fmul_rn(__fmul_rn(row_scale, k_scale), STEPS_PER_OCTAVE * SCORE_START));
 }
 
-// P of a score s is formed as fma(float(s), a, b).
+// The factor of the integer score: log2 of P, or steps of it, a unit of S.
+__device__ __forceinline__ float score_factor(float row_scale, float k_scale) {
+    if (!LINEAR) return __fmul_rn(row_scale, k_scale);
+    return __fmul_rn(start_steps(row_scale, k_scale), 1.0f / SCORE_START);
+}
+
+// P of a score s is formed from fma(float(s), a, b).
 struct RowMap {
     float a, b;
 
     RowMap() = default;
     __device__ RowMap(const RowState& row, float k_scale) : a(score_factor(row.scale, k_scale)) {
-        if (P_CODE) {
+        if (LINEAR) {
             const float UNIT = __int_as_float(1);  // 2**-149: a denormal is an integer in this unit
-            b = __fsub_rn(__fsub_rn(8.0f * (AIM + 7), row.bound), __fmul_rn(4194304.0f, a));
+            b = __fsub_rn(__fsub_rn(STEPS_AT_BOUND, row.bound), start_steps(row.scale, k_scale));
             b = __fmul_rn(b, UNIT);
         } else {
             b = __fadd_rd(__fsub_rd(float(AIM), row.bound), -__fmul_ru(12582912.0f, a));
@@ -59,15 +73,28 @@ struct RowMap {
     // Whether P of the score reaches the limit or is NaN, E4M3 code 112 or above.
     __device__ bool reaches_limit(unsigned score) const {
         float x = (*this)(score);
-        return P_CODE ? __float_as_int(x) >= 112 : !(x < LIMIT_LOG2);
+        return LINEAR ? __float_as_int(x) >= STEPS_AT_LIMIT : !(x < LIMIT_LOG2);
     }
 };
+
+// Of two scores, as halves of a word.
+__device__ __forceinline__ unsigned steps_pair(const RowMap& map, unsigned s0, unsigned s1) {
+    return cvt_u16x2(__float_as_int(map(s0)), __float_as_int(map(s1)));
+}
+
+// 2**x, nearly, of x in steps: read as FP16, the integer itself is the chord of 2**x between whole octaves; half an
+// octave on, weighted, it bends that chord in the middle.
+__device__ __forceinline__ unsigned exp2_chord(unsigned steps) {
+    return fma_f16x2(steps + 0x02000200u, 0x39A839A8u, steps);
+}
 
 // A word of P from the scores of consecutive keys, s[0] .. s[P_PER_WORD - 1].
 __device__ __forceinline__ unsigned form_p(const RowMap& map, const unsigned (&s)[P_PER_WORD]) {
     if constexpr (V_F16)
         return cvt_f16x2(ex2(map(s[0])), ex2(map(s[1])));
-    else if constexpr (P_CODE)
+    else if constexpr (P_FORM == CHORD)
+        return cvt_e4m3x4(exp2_chord(steps_pair(map, s[0], s[1])), exp2_chord(steps_pair(map, s[2], s[3])));
+    else if constexpr (P_FORM == CODE)
         return cvt_u8x4(__float_as_int(map(s[0])), __float_as_int(map(s[1])), __float_as_int(map(s[2])),
                         __float_as_int(map(s[3])));
     else
@@ -105,13 +132,13 @@ __device__ __forceinline__ float tile_bound(int largest, bool any_visible, float
     float score = __int2float_rn(largest);
     float bound = fmaxf(minus_infinity(), __fmul_ru(score, score_factor(row_scale, k_scale)));  // drops NaN
     bound = quad_max(any_visible ? bound : minus_infinity());
-    return P_CODE ? ceilf(bound) : bound;
+    return LINEAR ? ceilf(bound) : bound;
 }
 
 // alpha: what O and l shrink by when the bound moves.
 __device__ __forceinline__ float shrink_factor(float bound, float new_bound) {
     float change = __fsub_rn(bound, new_bound);
-    return bound == minus_infinity() ? 0.0f : ex2(P_CODE ? __fmul_rn(change, 0.125f) : change);
+    return bound == minus_infinity() ? 0.0f : ex2(LINEAR ? __fmul_rn(change, 1 / STEPS_PER_OCTAVE) : change);
 }
 
 // ---- step 8: the result ------------------------------------------------------------------------
@@ -127,9 +154,10 @@ __device__ __forceinline__ unsigned output_pair(float o0, float o1, float recipr
 // Natural-log LSE of the unsmoothed scores; -inf for a row that sees no key.
 __device__ __forceinline__ float row_lse(float bound, float l, float sm_scale, float q_mean_dot) {
     const float LN2 = 0.693147180559945309f;
-    const float CODE_LOG2_P = static_cast<float>(AIM + 0.05753274588979519);  // log2 of the mean P at the bound
+    const double BIAS = P_FORM == CODE ? 0.05753274588979519 : P_FORM == CHORD ? 0.007651003989246341 : 0;  // log2 of the mean error
+    const float LOG2_P = static_cast<float>(AIM + BIAS);  // mean, at the bound
     if (!(l > 0.0f)) return l == 0.0f ? minus_infinity() : l;
-    float base = P_CODE ? __fsub_rn(__fmul_rn(bound, 0.125f), CODE_LOG2_P) : __fsub_rn(bound, float(AIM));
+    float base = __fsub_rn(LINEAR ? __fmul_rn(bound, 1 / STEPS_PER_OCTAVE) : bound, LOG2_P);
     float log2_sum = log2_rn(__fdiv_rn(l, ROW_SUM_UNIT));
     return __fmaf_rn(__fadd_rn(base, log2_sum), LN2, __fmul_rn(sm_scale, q_mean_dot));
 }

@@ -26,6 +26,11 @@ __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity)
         "@!done bra RETRY;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// What threads wrote to shared memory before, asynchronous products and copies see.
+__device__ __forceinline__ void async_proxy_fence() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 __device__ __forceinline__ void mbarrier_fence_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -84,29 +89,41 @@ __device__ __forceinline__ constexpr unsigned descriptor_high(unsigned stride_by
 #define P8_9 P8_8 ",%72,%73,%74,%75,%76,%77,%78,%79"
 #define P8_10 P8_9 ",%80,%81,%82,%83,%84,%85,%86,%87"
 #define P8_11 P8_10 ",%88,%89,%90,%91,%92,%93,%94,%95"
-#define R2(x, i) "+r"(x[i]), "+r"(x[i + 1])
-#define R8(x, i) R2(x, i), R2(x, i + 2), R2(x, i + 4), R2(x, i + 6)
-#define R16(x, i) R8(x, i), R8(x, i + 8)
-#define R32(x, i) R16(x, i), R16(x, i + 16)
-#define R64(x, i) R32(x, i), R32(x, i + 32)
+#define R2(access, x, i) access(x[i]), access(x[i + 1])
+#define R8(access, x, i) R2(access, x, i), R2(access, x, i + 2), R2(access, x, i + 4), R2(access, x, i + 6)
+#define R16(access, x, i) R8(access, x, i), R8(access, x, i + 8)
+#define R32(access, x, i) R16(access, x, i), R16(access, x, i + 16)
+#define R64(access, x, i) R32(access, x, i), R32(access, x, i + 32)
 
-// S (64 x N, INT32) += Q (64 x 32) K^T (32 x N), both INT8 in shared memory, described by their low words
-// and a common high word.
-// Thread t of a quad (lane = 4g + t) holds, for i = 0 .. N/8 - 1: s[4i], s[4i + 1]: row g, columns
-// 8i + 2t, + 1; s[4i + 2], s[4i + 3]: row g + 8.
-#define DEFINE_WGMMA_S8(N, OPERANDS, Q, K, HIGH, ...)                                                \
+// S (64 x N, INT32). Thread t of a quad (lane = 4g + t) holds, for i = 0 .. N/8 - 1: s[4i], s[4i + 1]: row g,
+// columns 8i + 2t, + 1; s[4i + 2], s[4i + 3]: row g + 8. Two products:
+// - wgmma_s8: S += Q (64 x 32) K^T (32 x N), both INT8 in shared memory, described by their low words and a
+//   common high word.
+// - wgmma_u8_square: S = A A^T of unsigned bytes that repeat every 8 rows and 16 columns: A is 128 bytes, plain.
+#define DEFINE_WGMMA_S8(N, OPERANDS, Q, K, HIGH)                                                     \
     template <unsigned DESCRIPTOR_HIGH>                                                              \
     __device__ __forceinline__ void wgmma_s8(unsigned (&s)[N / 2], unsigned q, unsigned k) {         \
         asm volatile("{\n.reg .pred accumulate;\n.reg .b64 q, k;\nsetp.eq.b32 accumulate, 0, 0;\n"   \
                      "mov.b64 q, {" Q ", " HIGH "};\nmov.b64 k, {" K ", " HIGH "};\n"                \
                      "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" OPERANDS "}, "         \
                      "q, k, accumulate;\n}"                                                          \
-                     : __VA_ARGS__                                                                   \
+                     : S_REGISTERS_##N("+r")                                                         \
                      : "r"(q), "r"(k), "n"(DESCRIPTOR_HIGH));                                        \
+    }                                                                                                \
+    __device__ __forceinline__ void wgmma_u8_square(unsigned (&s)[N / 2], unsigned a) {              \
+        asm volatile("{\n.reg .pred accumulate;\n.reg .b64 a;\nsetp.ne.b32 accumulate, 0, 0;\n"      \
+                     "mov.b64 a, {" Q ", 0};\n"                                                      \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.u8.u8 {" OPERANDS "}, "         \
+                     "a, a, accumulate;\n}"                                                          \
+                     : S_REGISTERS_##N("=r")                                                         \
+                     : "r"(a));                                                                      \
     }
-DEFINE_WGMMA_S8(96, P8_5, "%48", "%49", "%50", R32(s, 0), R16(s, 32))
-DEFINE_WGMMA_S8(128, P8_7, "%64", "%65", "%66", R64(s, 0))
-DEFINE_WGMMA_S8(192, P8_11, "%96", "%97", "%98", R64(s, 0), R32(s, 64))
+#define S_REGISTERS_96(access) R32(access, s, 0), R16(access, s, 32)
+#define S_REGISTERS_128(access) R64(access, s, 0)
+#define S_REGISTERS_192(access) R64(access, s, 0), R32(access, s, 64)
+DEFINE_WGMMA_S8(96, P8_5, "%48", "%49", "%50")
+DEFINE_WGMMA_S8(128, P8_7, "%64", "%65", "%66")
+DEFINE_WGMMA_S8(192, P8_11, "%96", "%97", "%98")
 
 // T (64 x N, FP16) = P (64 x 32, E4M3 in registers) V (32 x N, E4M3, V^T in shared memory), + T if
 // `accumulate`. t[2i]: row g, columns 8i + 2t, + 1 as a pair; t[2i + 1]: row g + 8.
@@ -122,5 +139,5 @@ DEFINE_WGMMA_S8(192, P8_11, "%96", "%97", "%98", R64(s, 0), R32(s, 64))
                      : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "r"(v), "n"(DESCRIPTOR_HIGH),     \
                        "r"(int(accumulate)));                                                        \
     }
-DEFINE_WGMMA_E4M3(72, P8_1 ",%16,%17", "%18,%19,%20,%21", "%22", "%23", "%24", R16(t, 0), R2(t, 16))
-DEFINE_WGMMA_E4M3(136, P8_3 ",%32,%33", "%34,%35,%36,%37", "%38", "%39", "%40", R32(t, 0), R2(t, 32))
+DEFINE_WGMMA_E4M3(72, P8_1 ",%16,%17", "%18,%19,%20,%21", "%22", "%23", "%24", R16("+r", t, 0), R2("+r", t, 16))
+DEFINE_WGMMA_E4M3(136, P8_3 ",%32,%33", "%34,%35,%36,%37", "%38", "%39", "%40", R32("+r", t, 0), R2("+r", t, 32))

@@ -9,16 +9,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import exact, formats, quantize, special, tensor_core
+from .p_forms import FORMS
 
 NEGATIVE_INFINITY = np.float32(-np.inf)
 LN2 = np.float32(np.log(2))
 ROW_SCALE_STEP = np.float32(0.25)  # largest step of a score, in log2
 FP32_MAX = np.finfo(np.float32).max
 
-SCORE_MAGIC = np.float32(12582912)  # form "ex2": M, whose ulp is 1
-CODE_MAGIC = 2.0**22  # form "code": the accumulator's start, as a denormal
-CODES_PER_OCTAVE = np.float32(8)
-CODE_BIAS = np.log2(0.5 / np.log(2) ** 2)  # of (1 + f) against 2**f, see section 8
 P_LIMIT = {"e4m3": np.float32(128), "f16": np.float32(2)}
 
 PARTS = frozenset({"qk", "p", "v", "accumulator"})
@@ -148,12 +145,13 @@ def limit_row_scale(q_scale, k_scale_max):
         return np.where(q_scale > limit, limit, q_scale)
 
 
-# ---------------------------------------------------------------------------- 5. one key tile
+# ---------------------------------------------------------------------------- 5 and 6. one key tile
 
 
 def attend_tile(state, problem, row_scale, v_and_unit, tile, rows):
     """Add one key tile to the rows (a slice) that see any of it."""
     plan, exact_parts = problem.plan, problem.exact_parts
+    form = FORMS[plan.p_form]
     q_codes, k_codes = problem.q.codes[:, rows], problem.k.codes[tile]
     scores = dot(q_codes, k_codes.T, exact_parts)
     visible = visible_keys(problem, tile, rows)
@@ -164,14 +162,15 @@ def attend_tile(state, problem, row_scale, v_and_unit, tile, rows):
         moved = np.ones(bound.shape, bool)
         p = np.empty(scores.shape, np.float32)
     else:
-        p = np.where(visible, form_p(scores, a, bound, plan, exact_parts), np.float32(0))
+        p = np.where(visible, form.p(scores, a, bound, plan, exact_parts), np.float32(0))
         moved = reached_limit(p, plan)
     if moved.any():
         row_visible = np.broadcast_to(visible, scores.shape)[moved]
         new = row_bound(scores[moved], a[moved], row_visible, plan)
-        alpha = np.zeros(new.shape, np.float32) if tile == 0 else rescale(bound[moved], new, plan)
+        change = (bound[moved] - new) / form.steps_per_octave
+        alpha = np.zeros(new.shape, np.float32) if tile == 0 else special.ex2(change)
         bound[moved] = new
-        p[moved] = np.where(row_visible, form_p(scores[moved], a[moved], new, plan, exact_parts), np.float32(0))
+        p[moved] = np.where(row_visible, form.p(scores[moved], a[moved], new, plan, exact_parts), np.float32(0))
         total, partial = state.total[:, rows], state.partial[:, rows]
         total[moved] = (total[moved] + partial[moved]) * alpha[:, None]
         partial[moved] = 0
@@ -206,62 +205,9 @@ def row_bound(scores, a, visible, plan):
     """The new bound of rows (n, block_n), a (n, 4): not below any visible score."""
     groups = np.where(visible, scores, NEGATIVE_INFINITY).reshape(len(scores), quantize.KEY_GROUPS, -1)
     top = groups.max(axis=-1)
-    step = code_step(a) if plan.p_form == "code" else a
-    scaled = np.where(np.isneginf(top), top, formats.mul_ru(top, step))
-    new = np.fmax.reduce(scaled, axis=-1, initial=NEGATIVE_INFINITY)
-    return np.ceil(new) if plan.p_form == "code" else new
-
-
-def rescale(bound, new, plan):
-    """alpha: what O and l are multiplied by when the bound moves."""
-    difference = bound - new
-    if plan.p_form == "code":
-        difference = difference / CODES_PER_OCTAVE
-    return special.ex2(difference)
-
-
-# ---------------------------------------------------------------------------- 6. P
-
-
-def form_p(scores, a, bound, plan, exact_parts=frozenset()):
-    """P of scores (..., block_n) with scales a (..., 4), as float32 values of P's format."""
-    if plan.p_form == "code":
-        return formats.from_e4m3(codes_of_p(scores, a, bound, plan))
-    group_keys = scores.shape[-1] // quantize.KEY_GROUPS
-    above = formats.add_rd(np.float32(plan.aim), -bound)[..., None]
-    if "qk" in exact_parts:  # the scores are no integers: no magic number
-        argument = formats.fma(scores, _per_key(a, group_keys), above)
-    else:
-        b = formats.add_rd(above, -formats.mul_ru(SCORE_MAGIC, a))
-        argument = formats.fma(SCORE_MAGIC + scores, _per_key(a, group_keys), _per_key(b, group_keys))
-    p = special.ex2(argument)
-    if "p" in exact_parts:
-        return p
-    if plan.v_dtype == "f16":
-        return formats.to_fp16(p).astype(np.float32)
-    return formats.from_e4m3(formats.to_e4m3(p))
-
-
-def _per_key(x, group_keys):
-    return np.repeat(x, group_keys, axis=-1)
-
-
-def code_step(a):
-    """Codes a step of the score: 8 * a, on the grid 2**-22."""
-    return np.rint(a * np.float32(2.0**25)) * np.float32(2.0**-22)
-
-
-def codes_of_p(scores, a, bound, plan):
-    """E4M3 codes of P by one FMA: float64 holds it exactly, so this rounds once.
-
-    From 112 on the bound moves and these codes are dropped, so 127 (NaN) stands for all up to 255.
-    """
-    group_keys = scores.shape[-1] // quantize.KEY_GROUPS
-    step = code_step(a).astype(np.float64)
-    b = 8 * (plan.aim + 7) - bound[..., None].astype(np.float64) - CODE_MAGIC * step
-    codes = np.rint(_per_key(step, group_keys) * (CODE_MAGIC + scores) + _per_key(b, group_keys))
-    codes = np.clip(codes, 0, formats.E4M3_NAN)
-    return np.where(np.isnan(codes), formats.E4M3_NAN, codes).astype(np.uint8)
+    form = FORMS[plan.p_form]
+    scaled = np.where(np.isneginf(top), top, formats.mul_ru(top, form.factor(a)))
+    return form.round_bound(np.fmax.reduce(scaled, axis=-1, initial=NEGATIVE_INFINITY))
 
 
 # ---------------------------------------------------------------------------- 7. products
@@ -300,10 +246,8 @@ def finish(state, problem, dtype):
 def log_sum_exp(state, problem):
     """Natural LSE of the unsmoothed scores."""
     plan = problem.plan
-    if plan.p_form == "code":
-        base = state.bound * np.float32(0.125) - np.float32(plan.aim + CODE_BIAS)
-    else:
-        base = state.bound - np.float32(plan.aim)
+    form = FORMS[plan.p_form]
+    base = state.bound / form.steps_per_octave - np.float32(plan.aim + form.bias)
     log2_l = formats.log2(state.l / np.float32(plan.row_sum_unit))
     mean_score = problem.sm_scale * problem.q.mean_dot
     lse = formats.fma(base + log2_l, LN2, mean_score)

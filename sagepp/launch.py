@@ -60,6 +60,9 @@ def _row_sum_rows(plan: Plan) -> int:
     return 8 if plan.kernel == "wgmma" else 0
 
 
+P_FORMS = ("ex2", "code", "chord")  #: by the number that `softmax.cuh` gives them
+
+
 def _float_literal(x: float) -> str:
     return f"{float(x)!r}f"
 
@@ -78,7 +81,7 @@ def attention_defines(plan: Plan, *, bfloat16=False, is_causal=False, return_lse
     """Of `attention_mma.cu` and `attention_wgmma.cu`."""
     return (
         ("HEAD_DIM", plan.head_dim), ("BLOCK_M", plan.block_m), ("BLOCK_N", plan.block_n),
-        ("V_F16", int(plan.v_dtype == "f16")), ("P_CODE", int(plan.p_form == "code")),
+        ("V_F16", int(plan.v_dtype == "f16")), ("P_FORM", P_FORMS.index(plan.p_form)),
         ("AIM", plan.aim), ("PROMOTE_EVERY", plan.promote_every), ("ROW_SUM_ROWS", _row_sum_rows(plan)),
         ("ROW_SUM_UNIT", _float_literal(plan.row_sum_unit)), ("OUT_BF16", int(bfloat16)),
         ("CAUSAL", int(is_causal)), ("RETURN_LSE", int(return_lse)), ("NUM_WARPS", plan.num_warps),
@@ -99,7 +102,7 @@ def attention_shared_bytes(plan: Plan) -> int:
         return q_bytes + plan.stages * (k_bytes + v_bytes) + 8 * plan.block_m
     stage_bytes = _align(k_bytes + v_bytes, 1024)
     item_bytes = 4 * (2 * plan.block_m + 2 * d + 4)
-    return 2 * (q_bytes + item_bytes) + plan.stages * (stage_bytes + 16) + 8 * (4 + 2 * plan.stages)
+    return 2 * (q_bytes + item_bytes) + plan.stages * (stage_bytes + 16) + 128 + 8 * (4 + 2 * plan.stages)
 
 
 def attention_grid(plan: Plan, batch: int, num_heads: int, seq_q: int, num_sms: int):

@@ -31,7 +31,7 @@ class Plan:
     block_n: int  #: keys of a tile
     promote_every: int  #: tiles of a promotion interval
     v_dtype: str  #: "e4m3" or "f16": the type of P and V
-    p_form: str  #: "ex2" or "code": how P is formed (step 6)
+    p_form: str  #: "ex2", "code" or "chord": how P is formed (step 6)
     v_max: float  #: top of V's range
     row_sum_unit: float  #: value of the column whose product with P is the row sum
     num_warps: int
@@ -71,7 +71,7 @@ def padded_head_dim(head_dim: int) -> int:
 KERNELS = {
     "mma": ("mma", "e4m3", "ex2"),
     "mma_fp16": ("mma", "f16", "ex2"),
-    "wgmma": ("wgmma", "e4m3", "ex2"),
+    "wgmma": ("wgmma", "e4m3", "chord"),
     "wgmma_fast": ("wgmma", "e4m3", "code"),
 }
 
@@ -107,10 +107,8 @@ def make_plan(arch: str, head_dim: int, kernel: str | None = None) -> Plan:
     if source == "mma":
         # 32 rows a warp; 16 where ptxas spills otherwise
         shape = dict(block_m=128, block_n=64, promote_every=1, num_warps=8 if arch == "sm_100a" else 4, stages=2)
-    elif d == 64 and p_form == "ex2":
-        shape = dict(block_m=192, block_n=96, promote_every=4, num_warps=16, stages=4)
     elif d == 64:
-        shape = dict(block_m=128, block_n=192, promote_every=2, num_warps=12, stages=4)
+        shape = dict(block_m=192, block_n=128, promote_every=4, num_warps=16, stages=4)
     else:
         shape = dict(block_m=128, block_n=128, promote_every=4, num_warps=12, stages=4)
     interval = shape["block_n"] * shape["promote_every"]

@@ -42,9 +42,10 @@ class Variant(NamedTuple):
         value = dict(self.defines)
         kernel = self.source.removesuffix(".cu").removeprefix("attention_")
         flags = [name for name, define in (
-            ("code", "P_CODE"), ("causal", "CAUSAL"), ("lse", "RETURN_LSE"), ("lse", "WITH_MEAN_DOT"),
+            ("causal", "CAUSAL"), ("lse", "RETURN_LSE"), ("lse", "WITH_MEAN_DOT"),
             ("bf16", "OUT_BF16"), ("bf16", "IN_BF16")) if value.get(define)]
-        return "-".join([self.arch, kernel, "f16" if value["V_F16"] else "e4m3", f"d{value['HEAD_DIM']}",
+        form = [launch.P_FORMS[value["P_FORM"]]] if "P_FORM" in value else []
+        return "-".join([self.arch, kernel, *form, "f16" if value["V_F16"] else "e4m3", f"d{value['HEAD_DIM']}",
                          f"n{value['BLOCK_N']}", *flags])
 
     @property

@@ -55,6 +55,22 @@ __device__ unsigned cvt_u8x4(unsigned x) {
     return y;
 }
 
+__device__ unsigned cvt_u16x2(unsigned x) {
+    unsigned y;
+    asm("cvt.pack.sat.u16.s32 %0, %1, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+__device__ unsigned chord(unsigned x) {  // E4M3 codes of both halves, as kernels_src/softmax.cuh makes them
+    unsigned steps = x & 0x7FFF7FFFu, p;
+    unsigned short y = 0;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(p) : "r"(steps + 0x02000200u), "r"(0x39A839A8u), "r"(steps));
+#if __CUDA_ARCH__ >= 890
+    asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(y) : "r"(p));
+#endif
+    return y;
+}
+
 #define ELEMENTWISE(name, result)                                                                  \
     extern "C" __global__ void check_##name(unsigned first, unsigned count, unsigned* out) {       \
         const unsigned step = gridDim.x * blockDim.x;                                              \
@@ -75,6 +91,8 @@ ELEMENTWISE(fma, as_bits(__fmaf_rn(x, second(bits), third(bits))))
 ELEMENTWISE(fma_near, as_bits(__fmaf_rn(x, second(bits), near_product(bits))))
 ELEMENTWISE(sqrt, as_bits(__fsqrt_rn(x)))
 ELEMENTWISE(u8, cvt_u8x4(bits))
+ELEMENTWISE(u16, cvt_u16x2(bits))
+ELEMENTWISE(chord, chord(bits))
 ELEMENTWISE(mul_ru, as_bits(__fmul_ru(x, second(bits))))
 ELEMENTWISE(add_rd, as_bits(__fadd_rd(x, second(bits))))
 ELEMENTWISE(div, as_bits(__fdiv_rn(x, second(bits))))

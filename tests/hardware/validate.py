@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from sagepp import jit
-from sagepp.reference import formats, special, tensor_core
+from sagepp.reference import formats, p_forms, special, tensor_core
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "kernels_src"
@@ -130,6 +130,10 @@ def _positive_normal(bits):
     return _float(np.uint32(0x00800000) + bits % np.uint32(0x7F000000))
 
 
+def _chord(bits):
+    return p_forms.FORMS["chord"].codes((bits & 0x7FFF).astype(np.int32)).astype(np.uint32)
+
+
 # name -> (the instruction, the model as a function of the bit patterns of the first operand)
 ELEMENTWISE = {
     "ex2": ("ex2.approx.ftz.f32", lambda bits: _bits(special.ex2(_float(bits)))),
@@ -145,6 +149,8 @@ ELEMENTWISE = {
     ),
     "sqrt": ("sqrt.rn.f32", lambda bits: _bits(np.sqrt(_float(bits)))),
     "u8": ("cvt.pack.sat.u8.s32", lambda bits: (bits.view(np.int32).clip(0, 255) * 0x01010101).view(np.uint32)),
+    "u16": ("cvt.pack.sat.u16.s32", lambda bits: (bits.view(np.int32).clip(0, 65535) * 0x00010001).astype(np.uint32)),
+    "chord": ("fma.rn.f16x2, cvt.rn.satfinite.e4m3x2.f16x2", lambda bits: _chord(bits) | _chord(bits >> 16) << 8),
     "mul_ru": ("mul.rp.f32", lambda bits: _bits(formats.mul_ru(_float(bits), _second(bits)))),
     "add_rd": ("add.rm.f32", lambda bits: _bits(formats.add_rd(_float(bits), _second(bits)))),
     "div": ("div.rn.f32", lambda bits: _bits(formats.div(_float(bits), _second(bits)))),

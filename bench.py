@@ -5,7 +5,7 @@
     python bench.py --head-dim 128 --seq-len 8192 --no-causal --sustained
 
 Normally distributed FP16 inputs, the same for all; 16k tokens in all (32k for sequences of 16k and more),
-16 heads of 128 or 32 of 64. TFLOP/s are 4 B H Sq Skv D / time, half of it for causal attention. How long
+32 heads of 64, 16 of 128 or 8 of 256. TFLOP/s are 4 B H Sq Skv D / time, half of it for causal attention. How long
 the load lasts decides the clock, so there are two timings: *burst*, the median of 7 timings of 1 to 3
 launches, the chip resting before each, and *sustained*, the mean over 0.5 s after 1.5 s of load.
 
@@ -55,6 +55,10 @@ class Case(NamedTuple):
         """(batch, num_heads, seq_len, head_dim)."""
         tokens = 32768 if self.seq_len >= 16384 else 16384
         return max(1, tokens // self.seq_len), 2048 // plan.padded_head_dim(self.head_dim), self.seq_len, self.head_dim
+
+    def of(self, kernels) -> list[str]:
+        """Those of the kernels that are written for the head dimension."""
+        return [kernel for kernel in kernels if plan.padded_head_dim(self.head_dim) in plan.head_dims(kernel)]
 
     def __str__(self):
         return f"d={self.head_dim} S={self.seq_len}{' causal' if self.is_causal else ''}"
@@ -327,7 +331,7 @@ def measure_case(case: Case, kernels, peers, timings, left_out) -> list[dict]:
 
     host = make_inputs(case.shape)
     qkv = [cupy.asarray(x) for x in host]
-    rows = [measure_kernel(case, kernel, host, qkv, timings) for kernel in kernels]
+    rows = [measure_kernel(case, kernel, host, qkv, timings) for kernel in case.of(kernels)]
     for name in peers:
         try:
             rows.append(measure_peer(case, name, host, qkv, timings))
@@ -344,7 +348,7 @@ def compile_kernels(cases, kernels) -> None:
     arch = jit.arch_of()
     jobs = set()
     for case in cases:
-        for kernel in kernels:
+        for kernel in case.of(kernels):
             chosen = plan.make_plan(jit.family_of(arch), case.head_dim, kernel)
             jobs.add(("quantize.cu", arch, launch.quantize_defines(chosen, aligned=case.head_dim % 8 == 0)))
             jobs.add((launch.attention_source(chosen), arch,
@@ -469,7 +473,7 @@ def run_cpu(options) -> int:
              for seq_len in options.seq_len or [CPU_SEQ_LEN]]
     for case in cases:
         qkv = make_inputs((1, HEADS, case.seq_len, case.head_dim))
-        for kernel in options.kernels or [kernel for _, kernel in accuracy.CPU_PLANS]:
+        for kernel in case.of(options.kernels or [kernel for _, kernel in accuracy.CPU_PLANS]):
             figures = errors(sagepp.attention(*qkv, is_causal=case.is_causal, kernel=kernel), case, qkv)
             rows.append({**case._asdict(), "name": kernel, **figures, "wrong": complaint(figures)})
     print(f"No GPU: this is the accuracy of the NumPy reference, which returns the GPU's bits, on {HEADS} heads.")

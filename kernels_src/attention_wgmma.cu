@@ -13,20 +13,28 @@ constexpr int NUM_WARPGROUPS = BLOCK_M / 64;
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = NUM_WARPGROUPS == 2 ? 240 : 160;
 constexpr int CONSUMER_THREADS = 128 * NUM_WARPGROUPS;
 constexpr int V_ROWS = HEAD_DIM + ROW_SUM_ROWS;
-constexpr int ROW_BYTES = HEAD_DIM;  // of Q and K, and their swizzle: 128 or 64 bytes
-constexpr unsigned LAYOUT_QK = HEAD_DIM == 64 ? LAYOUT_SWIZZLE_64 : LAYOUT_SWIZZLE_128;
+constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;  // channels that lie together; 128 or 64 bytes of Q and K
+constexpr int PANELS = HEAD_DIM / PANEL;
+constexpr unsigned LAYOUT_QK = PANEL == 64 ? LAYOUT_SWIZZLE_64 : LAYOUT_SWIZZLE_128;
 
 static_assert(LINEAR, "scores are denormals");
-static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "one swizzled panel");
 static_assert(ROW_SUM_ROWS == 8, "the row sum is one more group of 8 columns of V");
 static_assert(BLOCK_N % 32 == 0, "P V takes 32 keys at a time");
 static_assert(BLOCK_M % 64 == 0, "a warpgroup owns 64 rows");
 static_assert(NUM_WARPS == 4 * (1 + NUM_WARPGROUPS), "a producer warpgroup beside the consumers");
-static_assert(PROMOTE_EVERY % 2 == 0, "the two buffers of P take turns within an interval");
-constexpr int UNROLLED = PROMOTE_EVERY < 4 ? PROMOTE_EVERY : 4;  // tiles of the main loop
 
-constexpr int Q_BYTES = BLOCK_M * ROW_BYTES;
-constexpr int K_BYTES = BLOCK_N * ROW_BYTES;
+// Of O a thread's registers hold the first channels, shared memory the others.
+constexpr int O_CHANNELS = HEAD_DIM <= 128 ? HEAD_DIM : 160, O_SHARED_CHANNELS = HEAD_DIM - O_CHANNELS;
+static_assert(O_CHANNELS % 32 == 0, "32 channels are written at a time");
+static_assert(O_SHARED_CHANNELS <= O_CHANNELS, "these are written from the registers of those");
+
+constexpr int UNROLLED = PROMOTE_EVERY < 4 ? PROMOTE_EVERY : 4;  // tiles of the main loop
+static_assert(UNROLLED % 2 == 0, "the two buffers of P take turns");
+static_assert(PROMOTE_EVERY % UNROLLED == 0, "an interval begins where the main loop does");
+static_assert(STAGES >= 3, "Q K^T of tile j + 1 is issued before P V of tile j - 1 has ended");
+
+constexpr int Q_BYTES = BLOCK_M * HEAD_DIM;
+constexpr int K_BYTES = BLOCK_N * HEAD_DIM;
 constexpr int V_BYTES = BLOCK_N * V_ROWS;
 constexpr int align_up(int bytes, int to) { return (bytes + to - 1) / to * to; }
 
@@ -40,17 +48,19 @@ struct __align__(16) ItemScales {
 };
 
 // Byte offsets into dynamic shared memory (1024-byte aligned: the swizzle is a function of the address).
-// Q and its scales are there twice: the next work item's arrive during this one.
-constexpr int K_OFFSET = 2 * Q_BYTES;  // of stage 0
+// Q and its scales are there twice, where there is room: the next work item's arrive during this one.
+constexpr int Q_BUFFERS = PANELS == 1 ? 2 : 1;
+constexpr int K_OFFSET = Q_BUFFERS * Q_BYTES;  // of stage 0
 constexpr int V_OFFSET = K_OFFSET + K_BYTES;
 constexpr int STAGE_BYTES = align_up(K_BYTES + V_BYTES, 1024);
 constexpr int SCALE_OFFSET = K_OFFSET + STAGES * STAGE_BYTES;  // k_scale: 16 bytes a stage
 constexpr int ITEM_OFFSET = SCALE_OFFSET + STAGES * 16;
-constexpr int ONES_OFFSET = ITEM_OFFSET + 2 * sizeof(ItemScales);  // 128 bytes of ones, for SCORE_START
-constexpr int BARRIER_OFFSET = ONES_OFFSET + 128;
+constexpr int ONES_OFFSET = ITEM_OFFSET + Q_BUFFERS * sizeof(ItemScales);  // 128 bytes of ones, for SCORE_START
+constexpr int O_OFFSET = ONES_OFFSET + 128;  // [O_SHARED_CHANNELS / 8][thread][row][2]
+constexpr int BARRIER_OFFSET = O_OFFSET + CONSUMER_THREADS * O_SHARED_CHANNELS * 2;
 
 // Barriers, 8 bytes each: an item's Q and scales, and a stage's K and V, have arrived or are done with.
-enum Barrier { Q_FULL, Q_EMPTY = Q_FULL + 2, FULL = Q_EMPTY + 2, EMPTY = FULL + STAGES,
+enum Barrier { Q_FULL, Q_EMPTY = Q_FULL + Q_BUFFERS, FULL = Q_EMPTY + Q_BUFFERS, EMPTY = FULL + STAGES,
                NUM_BARRIERS = EMPTY + STAGES };
 static_assert(Q_BYTES % 1024 == 0 && BARRIER_OFFSET + NUM_BARRIERS * 8 == DYNAMIC_SHARED_BYTES,
               "sagepp/launch.py counts the same");
@@ -75,7 +85,7 @@ struct WorkItem {
     int num_full_tiles;  // tiles that every row sees, as far as they go
     int num_plain_tiles;  // of those, the ones without absent keys: nothing to mask
 
-    __device__ WorkItem(const Problem& problem, int heads, int index) {
+    __device__ WorkItem(const Problem& problem, unsigned heads, unsigned index) {
         if (CAUSAL) {  // the longest first
             row_block = problem.num_row_blocks() - 1 - index / heads;
             head = index % heads;
@@ -127,8 +137,8 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
     RingPosition ring;
     for (int n = 0, index; (index = work_index(n)) < num_items; ++n) {
         WorkItem item(problem, heads, index);
-        int buffer = n % 2;
-        if (n > 1) mbarrier_wait(barrier(shared, Q_EMPTY + buffer), (n / 2 - 1) & 1);
+        int buffer = n % Q_BUFFERS;
+        if (n >= Q_BUFFERS) mbarrier_wait(barrier(shared, Q_EMPTY + buffer), (n / Q_BUFFERS - 1) & 1);
         long long q_tile = static_cast<long long>(item.head) * problem.num_row_blocks() + item.row_block;
         long long kv_head = item.kv_head, offset = kv_head * (key_tiles + 1) + item.num_full_tiles;
         ItemScales& destination = scales[buffer];
@@ -209,11 +219,18 @@ __device__ __forceinline__ int visible_keys(const Problem& problem, int row, int
 
 // q, k, ones, v: low words of the descriptors of the warpgroup's Q, of the tile's K, of ONES and of the tile's V.
 __device__ __forceinline__ void issue_qk(unsigned (&s)[BLOCK_N / 2], unsigned q, unsigned k, unsigned ones) {
-    constexpr unsigned HIGH = descriptor_high(8 * ROW_BYTES, LAYOUT_QK);
-    wgmma_fence();
-    wgmma_u8_square(s, ones);  // SCORE_START
+    constexpr unsigned HIGH = descriptor_high(8 * PANEL, LAYOUT_QK);
+    if (!START_BY_PRODUCT) {
 #pragma unroll
-    for (int d = 0; d < HEAD_DIM; d += 32) wgmma_s8<HIGH>(s, q + d / 16, k + d / 16);
+        for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = SCORE_START;
+    }
+    wgmma_fence();
+    if (START_BY_PRODUCT) wgmma_u8_square(s, ones);
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM; d += 32) {
+        int panel = d / PANEL, column = d % PANEL;
+        wgmma_s8<HIGH>(s, q + (panel * BLOCK_M * PANEL + column) / 16, k + (panel * BLOCK_N * PANEL + column) / 16);
+    }
     wgmma_commit();
 }
 
@@ -222,42 +239,15 @@ __device__ __forceinline__ void issue_pv(unsigned (&t)[V_ROWS / 4], const unsign
     constexpr unsigned HIGH = descriptor_high(128, LAYOUT_PLAIN);
     wgmma_fence();
 #pragma unroll
-    for (int key = 0; key < BLOCK_N; key += 32)
-        wgmma_e4m3<HIGH>(t, p + key / 8, v + key * V_ROWS / 16, key > 0 || accumulate);
+    for (int key = 0; key < BLOCK_N; key += 32) {
+        bool add = key > 0 || accumulate;
+        unsigned v_keys = v + key * V_ROWS / 16;
+        if constexpr (HEAD_DIM == 64) wgmma_e4m3_n72<HIGH>(t, p + key / 8, v_keys, add);
+        if constexpr (PANELS == 2) wgmma_e4m3_n128<HIGH>(t, p + key / 8, v_keys, add);
+        if constexpr (HEAD_DIM >= 128)  // the last panel, and the row sum
+            wgmma_e4m3_n136<HIGH>(t + (PANELS - 1) * PANEL / 4, p + key / 8, v_keys + (PANELS - 1) * PANEL, add);
+    }
     wgmma_commit();
-}
-
-// Step 7: O = O + T and l = l + l_T for one row.
-__device__ __forceinline__ void promote(float (&o)[HEAD_DIM / 2], Row& row,
-                                        const unsigned (&t)[V_ROWS / 4], int r) {
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 8; ++i) {
-        o[4 * i + 2 * r] = __fadd_rn(o[4 * i + 2 * r], low_half(t[2 * i + r]));
-        o[4 * i + 2 * r + 1] = __fadd_rn(o[4 * i + 2 * r + 1], high_half(t[2 * i + r]));
-    }
-    row.l = __fadd_rn(row.l, low_half(t[HEAD_DIM / 4 + r]));
-}
-
-// Where a bound moves: O = (O + T) alpha, l likewise, T = 0 for one row. At the end of an interval T has its turn
-// before that, and O + 0 remains, the zero of which is +0; T = -0 then changes nothing when it is promoted.
-__device__ __forceinline__ void rescale(float (&o)[HEAD_DIM / 2], Row& row, unsigned (&t)[V_ROWS / 4], int r,
-                                        float alpha, bool interval_ended) {
-    promote(o, row, t, r);
-    if (interval_ended) {
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 8; ++i) {
-            o[4 * i + 2 * r] = __fadd_rn(o[4 * i + 2 * r], 0.0f);
-            o[4 * i + 2 * r + 1] = __fadd_rn(o[4 * i + 2 * r + 1], 0.0f);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 8; ++i) {
-        o[4 * i + 2 * r] = __fmul_rn(o[4 * i + 2 * r], alpha);
-        o[4 * i + 2 * r + 1] = __fmul_rn(o[4 * i + 2 * r + 1], alpha);
-    }
-    row.l = __fmul_rn(row.l, alpha);
-#pragma unroll
-    for (int i = 0; i < V_ROWS / 8; ++i) t[2 * i + r] = interval_ended ? 0x80008000u : 0u;
 }
 
 struct Output {
@@ -279,16 +269,16 @@ __device__ __forceinline__ void load_floats(const float* from, float2 (&to)[4]) 
     to[2] = make_float2(high.x, high.y), to[3] = make_float2(high.z, high.w);
 }
 
-// Step 8 for the thread's two rows; a null one does not exist. The quantiser has V's channels in an order
+// Step 8 for `channels` channels from `first` on of the thread's two rows; a null one does not exist. The quantiser has V's channels in an order
 // (`v_row`) that gives a thread 8 neighbouring ones in every 32.
 template <bool VECTORS>
-__device__ __forceinline__ void write_rows(unsigned short* const (&destination)[2], int head_dim,
-                                           const float (&o)[HEAD_DIM / 2], const Row (&row)[2],
+__device__ __forceinline__ void write_rows(unsigned short* const (&destination)[2], int head_dim, int first,
+                                           int channels, const float (&o)[O_CHANNELS / 2], const Row (&row)[2],
                                            const ItemScales& scales) {
     float reciprocal[2] = {__fdiv_rn(ROW_SUM_UNIT, row[0].l), __fdiv_rn(ROW_SUM_UNIT, row[1].l)};
 #pragma unroll
-    for (int i = 0; i < HEAD_DIM / 8; i += 4) {
-        int channel = 8 * i + threadIdx.x % 4 * 8;
+    for (int i = 0; i < channels / 8; i += 4) {
+        int channel = first + 8 * i + threadIdx.x % 4 * 8;
         float2 scale[4], offset[4];
         load_floats(scales.v_scale + channel, scale);
         load_floats(scales.v_offset + channel, offset);
@@ -317,6 +307,7 @@ __device__ __forceinline__ void write_rows(unsigned short* const (&destination)[
 struct Consumer {
     const Problem& problem;
     const unsigned shared;
+    float4* const o_shared;  // what follows after o[]: four numbers, every CONSUMER_THREADS float4
     unsigned q;         // descriptor of the warpgroup's rows of Q
     RingPosition ring;  // of the latest tile whose Q K^T was issued; between work items, of the next one
     float k_scale;      // of that tile
@@ -324,7 +315,58 @@ struct Consumer {
     unsigned s[BLOCK_N / 2];  // S: integer scores as they arrive (step 6)
     unsigned p[2 * WORDS];    // P: E4M3 codes, the A fragments of P V
     unsigned t[V_ROWS / 4];   // T of a promotion interval, FP16 pairs; the last group is the row sum
-    float o[HEAD_DIM / 2];    // O
+    float o[O_CHANNELS / 2];  // O: o[4i + 2r + e] has the channel of half e of t[2i + r]
+
+    // f(o, i) of o[4i] .. o[4i + 3], which it may change, for the whole of O.
+    template <class F> __device__ void update_o(F f) {
+#pragma unroll
+        for (int i = 0; i < O_CHANNELS / 8; ++i) f(o + 4 * i, i);
+#pragma unroll
+        for (int i = 0; i < O_SHARED_CHANNELS / 8; ++i) {
+            float4* group = o_shared + i * CONSUMER_THREADS;
+            float x[4] = {group->x, group->y, group->z, group->w};
+            f(x, O_CHANNELS / 8 + i);
+            *group = make_float4(x[0], x[1], x[2], x[3]);
+        }
+    }
+
+    // What is in shared memory to the first registers.
+    __device__ void load_o() {
+#pragma unroll
+        for (int i = 0; i < O_SHARED_CHANNELS / 8; ++i) {
+            float4 x = o_shared[i * CONSUMER_THREADS];
+            o[4 * i] = x.x, o[4 * i + 1] = x.y, o[4 * i + 2] = x.z, o[4 * i + 3] = x.w;
+        }
+    }
+
+    // Step 7: O = O + T and l = l + l_T.
+    __device__ void promote() {
+        update_o([&](float* o, int i) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                o[2 * r] = __fadd_rn(o[2 * r], low_half(t[2 * i + r]));
+                o[2 * r + 1] = __fadd_rn(o[2 * r + 1], high_half(t[2 * i + r]));
+            }
+        });
+#pragma unroll
+        for (int r = 0; r < 2; ++r) row[r].l = __fadd_rn(row[r].l, low_half(t[HEAD_DIM / 4 + r]));
+    }
+
+    // Where the bound of row r moves: O = (O + T) alpha, l likewise, T = 0. At the end of an interval T has its turn
+    // before that, and O + 0 remains, the zero of which is +0; T = -0 then changes nothing when it is promoted.
+    __device__ void rescale(int r, float alpha, bool interval_ended) {
+        const auto rescaled = [=](float sum, float part) {
+            sum = __fadd_rn(sum, part);
+            return __fmul_rn(interval_ended ? __fadd_rn(sum, 0.0f) : sum, alpha);
+        };
+        update_o([&](float* o, int i) {
+            o[2 * r] = rescaled(o[2 * r], low_half(t[2 * i + r]));
+            o[2 * r + 1] = rescaled(o[2 * r + 1], high_half(t[2 * i + r]));
+        });
+        row[r].l = rescaled(row[r].l, low_half(t[HEAD_DIM / 4 + r]));
+#pragma unroll
+        for (int i = 0; i < V_ROWS / 8; ++i) t[2 * i + r] = interval_ended ? 0x80008000u : 0u;
+    }
 
     __device__ void release(int which) {
         __syncwarp();
@@ -363,7 +405,7 @@ struct Consumer {
             for (int r = 0; r < 2; ++r) {
                 float bound = tile_bound(largest[r] - static_cast<int>(SCORE_START), sees[r], row[r].scale, k_scale);
                 if (!quad_or(moves[r])) continue;
-                if (tile > 0) rescale(o, row[r], t, r, shrink_factor(row[r].bound, bound), tile % PROMOTE_EVERY == 0);
+                if (tile > 0) rescale(r, shrink_factor(row[r].bound, bound), tile % PROMOTE_EVERY == 0);
                 row[r].bound = bound;
                 map[r] = RowMap(row[r], k_scale);
             }
@@ -384,11 +426,6 @@ struct Consumer {
         softmax(p, tile, visible, tile >= item.num_plain_tiles);
     }
 
-    __device__ void promote_all() {
-        promote(o, row[0], t, 0);
-        promote(o, row[1], t, 1);
-    }
-
     __device__ void next_scores() {
         ring.advance();
         start_scores();
@@ -396,7 +433,7 @@ struct Consumer {
 
     // Before P V of `tile`: T of an interval that has ended goes into O.
     __device__ void settle(int tile) {
-        if (tile > 0 && tile % PROMOTE_EVERY == 0) promote_all();
+        if (tile > 0 && tile % PROMOTE_EVERY == 0) promote();
     }
 
     // Tile `first + I` of UNROLLED unmasked ones, whose Q K^T is under way: P V of the tile before it, in stage
@@ -450,29 +487,28 @@ struct Consumer {
         start_values(p, ring.stage, (tile - 1) % PROMOTE_EVERY != 0);
         wgmma_wait<0>();
         release(EMPTY + ring.stage);
-        promote_all();
+        promote();
         ring.advance();
     }
 };
 
-__device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_scales, const Output& out,
-                                        const Problem& problem, int heads, float sm_scale) {
+__device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_scales, float4* o_shared,
+                                        const Output& out, const Problem& problem, int heads, float sm_scale) {
     int warpgroup = __shfl_sync(FULL_MASK, threadIdx.x / 128, 0) - 1;
     int num_items = heads * problem.num_row_blocks();
-    Consumer consumer{problem, shared};
+    Consumer consumer{problem, shared, o_shared + threadIdx.x - 128};
     for (int n = 0, index; (index = work_index(n)) < num_items; ++n) {
         WorkItem item(problem, heads, index);
-        int buffer = n % 2;
+        int buffer = n % Q_BUFFERS;
         const ItemScales& scales = item_scales[buffer];
-        consumer.q = descriptor_low(shared + buffer * Q_BYTES + warpgroup * 64 * ROW_BYTES, 16);
-        mbarrier_wait(barrier(shared, Q_FULL + buffer), n / 2 & 1);
+        consumer.q = descriptor_low(shared + buffer * Q_BYTES + warpgroup * 64 * PANEL, 16);
+        mbarrier_wait(barrier(shared, Q_FULL + buffer), n / Q_BUFFERS & 1);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float q_scale = scales.q_scale[row_in_block() + 8 * r];
             consumer.row[r] = Row{{limited_row_scale(q_scale, scales.k_scale_max[0]), minus_infinity()}, 0.0f};
         }
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 2; ++i) consumer.o[i] = 0.0f;
+        consumer.update_o([](float* o, int) { o[0] = o[1] = o[2] = o[3] = 0.0f; });
         if (item.num_tiles > 0) consumer.attend(item);
 
         int b = item.head / problem.num_heads_q, h = item.head % problem.num_heads_q;
@@ -486,8 +522,17 @@ __device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_
                 out.lse[static_cast<long long>(item.head) * problem.seq_q + row] = row_lse(
                     consumer.row[r].bound, consumer.row[r].l, sm_scale, scales.q_mean_dot[row_of_block]);
         }
-        if (out.vectors()) write_rows<true>(destination, out.head_dim, consumer.o, consumer.row, scales);
-        else write_rows<false>(destination, out.head_dim, consumer.o, consumer.row, scales);
+        const auto write = [&](int first, int channels) {
+            if (out.vectors())
+                write_rows<true>(destination, out.head_dim, first, channels, consumer.o, consumer.row, scales);
+            else
+                write_rows<false>(destination, out.head_dim, first, channels, consumer.o, consumer.row, scales);
+        };
+        write(0, O_CHANNELS);
+        if (O_SHARED_CHANNELS > 0) {
+            consumer.load_o();
+            write(O_CHANNELS, O_SHARED_CHANNELS);
+        }
         consumer.release(Q_EMPTY + buffer);
     }
 }
@@ -503,7 +548,7 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
     ItemScales* item_scales = reinterpret_cast<ItemScales*>(dynamic_shared + ITEM_OFFSET);
     Problem problem{num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset};
     if (threadIdx.x == 0) {
-        for (int buffer = 0; buffer < 2; ++buffer) {
+        for (int buffer = 0; buffer < Q_BUFFERS; ++buffer) {
             mbarrier_init(barrier(shared, Q_FULL + buffer), 1);
             mbarrier_init(barrier(shared, Q_EMPTY + buffer), CONSUMER_THREADS / 32);
         }
@@ -524,6 +569,7 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
     } else {
         registers_raise<CONSUMER_REGISTERS>();
         Output out{o, lse, o_stride_b, o_stride_h, o_stride_s, head_dim};
-        consume(shared, item_scales, out, problem, batch * num_heads_q, sm_scale);
+        consume(shared, item_scales, reinterpret_cast<float4*>(dynamic_shared + O_OFFSET), out, problem,
+                batch * num_heads_q, sm_scale);
     }
 }

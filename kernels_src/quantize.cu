@@ -26,8 +26,8 @@ constexpr int ROW_THREADS = HEAD_DIM < 128 ? 2 : 4;
 constexpr int THREAD_BITS = ROW_THREADS / 2;  // log2(ROW_THREADS)
 constexpr int WARP_ROWS = 32 / ROW_THREADS;
 constexpr int BLOCKS = HEAD_DIM / (8 * ROW_THREADS);
-constexpr int PASS_ROWS = THREADS / ROW_THREADS, PASSES = 128 / PASS_ROWS;
-constexpr int Q_CTA_ROWS = PASSES * PASS_ROWS;
+constexpr int Q_CTA_ROWS = HEAD_DIM > 128 ? 64 : 128;
+constexpr int PASS_ROWS = THREADS / ROW_THREADS, PASSES = Q_CTA_ROWS / PASS_ROWS;
 
 // K: warps that share a key group, key groups of a pass, passes of a CTA, CTAs of a tile.
 constexpr int GROUP_WARPS = GROUP_KEYS <= WARP_ROWS ? 1 : GROUP_KEYS <= 2 * WARP_ROWS ? 2 : 4;
@@ -36,8 +36,9 @@ constexpr int K_PASSES = PASSES * PASS_GROUPS < KEY_GROUPS ? PASSES : KEY_GROUPS
 constexpr int K_CTAS = KEY_GROUPS / (K_PASSES * PASS_GROUPS);
 
 // V: a warp makes the codes of a chunk and 64 channels, from V_KEYS keys of every key group. V_WIDTH warps beside
-// each other make the whole chunk, and the CTA V_STEP chunks a step.
-constexpr int V_WIDTH = HEAD_DIM / 64, V_STEP = WARPS / V_WIDTH;
+// each other make V_CHANNELS channels of the chunk, and the CTA V_STEP chunks a step. V_CTAS: CTAs of a tile.
+constexpr int V_CHANNELS = HEAD_DIM < 128 ? HEAD_DIM : 128, V_CTAS = HEAD_DIM / V_CHANNELS;
+constexpr int V_WIDTH = V_CHANNELS / 64, V_STEP = WARPS / V_WIDTH;
 constexpr int V_STEPS = ceil_div(V_CHUNKS, V_STEP), V_KEYS = V_CHUNK_KEYS / KEY_GROUPS;
 
 static_assert(BLOCKS >= ROW_THREADS, "`rotate` exchanges whole blocks between threads");
@@ -429,12 +430,13 @@ __device__ __forceinline__ unsigned v_codes_word(const float (&y)[V_KEYS], unsig
 #endif
 }
 
-// One tile of V: a warp takes a chunk of 64 channels at a time.
+// Part number `part` of a tile of V, V_CHANNELS channels: a warp takes a chunk of 64 channels at a time.
 // codes: [V_CHUNKS][V_ROWS][16 bytes]; lost_out: [HEAD_DIM], in 1 / 65536 of a code (not with FP16 codes).
-__device__ __forceinline__ void quantize_v(Shared& shared, const Rows& rows, int seq_kv, int tile,
+__device__ __forceinline__ void quantize_v(Shared& shared, const Rows& rows, int seq_kv, int tile, int part,
                                            const unsigned& statistics, const float* v_mean, const float* v_inverse,
                                            unsigned char* codes, unsigned* lost_out) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_channel = warp % V_WIDTH * 64;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int first_channel = part * V_CHANNELS + warp % V_WIDTH * 64;
     const int warp_key = tile * BLOCK_N + warp / V_WIDTH * V_KEYS;
     const auto has_step = [=](int step) {  // whether there is a chunk for this warp
         return V_CHUNKS % V_STEP == 0 || warp / V_WIDTH + step * V_STEP < V_CHUNKS;
@@ -510,7 +512,7 @@ __device__ __forceinline__ void quantize_v(Shared& shared, const Rows& rows, int
 #if ROW_SUM_ROWS
     // four E4M3 codes of ROW_SUM_UNIT: a power of two, whose exponent has the bias 7 instead of 127
     const unsigned unit = (__float_as_uint(ROW_SUM_UNIT) / (1 << 23) - 120) * 8 * 0x01010101u;
-    for (int i = threadIdx.x; i < V_CHUNKS * ROW_SUM_ROWS; i += THREADS)
+    for (int i = threadIdx.x; part == 0 && i < V_CHUNKS * ROW_SUM_ROWS; i += THREADS)
         reinterpret_cast<uint4*>(codes)[i / ROW_SUM_ROWS * V_ROWS + HEAD_DIM + i % ROW_SUM_ROWS] =
             make_uint4(unit, unit, unit, unit);
 #endif
@@ -518,12 +520,13 @@ __device__ __forceinline__ void quantize_v(Shared& shared, const Rows& rows, int
     shared.lost[warp][2 * lane] = lost[0];
     shared.lost[warp][2 * lane + 1] = lost[1];
     __syncthreads();
-    for_each_channel([&](int c) {
+    const int c = threadIdx.x;
+    if (c < V_CHANNELS) {
         unsigned sum = 0u - BLOCK_N * ROUNDING_BITS;
 #pragma unroll
         for (int i = 0; i < V_STEP; ++i) sum += shared.lost[i * V_WIDTH + c / 64][c % 64];
-        lost_out[c] = sum;
-    });
+        lost_out[part * V_CHANNELS + c] = sum;
+    }
 #endif
 }
 
@@ -567,14 +570,14 @@ __device__ __forceinline__ void finish_v_offset(Shared& shared, const unsigned* 
 // ---- the kernel --------------------------------------------------------------------------------
 
 // A KV head of the batch has 2 * SUM_CHUNKS CTAs for its statistics (K, then V) and `code_ctas` for its codes:
-// one a tile of V, K_CTAS a tile of K, q_ctas a query head that uses it. In the grid, the statistics of the first
+// V_CTAS a tile of V, K_CTAS a tile of K, q_ctas a query head that uses it. In the grid, the statistics of the first
 // `lead` heads come first; then, in rounds, the statistics of head `round + lead` and the codes of head `round`;
 // then the codes of the last `lead` heads.
 //
 // Strides are in elements. The arrays between `progress` and `v_offset` are those of `_workspace` in
 // sagepp/launch.py, which says their shapes; `progress` is 0 at the start, the others are not initialised.
-// `group`: query heads a KV head. 6 CTAs an SM: QUANTIZE_CTAS of sagepp/launch.py.
-extern "C" __global__ void __launch_bounds__(THREADS, 6) quantize(
+// `group`: query heads a KV head. CTAs an SM: `_ctas_an_sm` of sagepp/launch.py.
+extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) quantize(
     const Half* q, const Half* k, const Half* v, long long q_stride_b, long long q_stride_h,
     long long q_stride_s, long long k_stride_b, long long k_stride_h, long long k_stride_s,
     long long v_stride_b, long long v_stride_h, long long v_stride_s, Progress* progress,
@@ -586,7 +589,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) quantize(
     constexpr unsigned STATISTICS_CTAS = 2 * SUM_CHUNKS;
     const int num_tiles = ceil_div(seq_kv, BLOCK_N), padded_rows = ceil_div(seq_q, BLOCK_M) * BLOCK_M;
     const unsigned q_ctas = ceil_div(padded_rows, Q_CTA_ROWS), k_ctas = num_tiles * K_CTAS;
-    const unsigned code_ctas = num_tiles + k_ctas + group * q_ctas;
+    const unsigned v_ctas = num_tiles * V_CTAS, code_ctas = v_ctas + k_ctas + group * q_ctas;
 
     // Becomes the number of the CTA among the statistics CTAs, or among the code CTAs, of `head`.
     unsigned index = blockIdx.x;
@@ -623,15 +626,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) quantize(
             k_scale_max[head] = 0.0f;
         }
         arrive(done.statistics[is_v], 1);
-    } else if (index < num_tiles) {
+    } else if (index < v_ctas) {
         const Rows rows(v, b, h, v_stride_b, v_stride_h, v_stride_s, head_dim);
+        const int part = index % V_CTAS;
+        index /= V_CTAS;
         const long long tile = static_cast<long long>(head) * num_tiles + index;
-        quantize_v(shared, rows, seq_kv, index, done.statistics[1], v_mean + channels, v_inverse + channels,
+        quantize_v(shared, rows, seq_kv, index, part, done.statistics[1], v_mean + channels, v_inverse + channels,
                    v_codes + tile * (V_CHUNKS * V_ROWS * 16), lost + tile * HEAD_DIM);
-        if (arrive(done.v_tiles, 1) == num_tiles - 1)
+        if (arrive(done.v_tiles, 1) == v_ctas - 1)
             finish_v_offset(shared, lost + num_tiles * channels, num_tiles, seq_kv, v_mean + channels,
                             v_scale + channels, v_offset + (num_tiles + 1) * channels);
-    } else if (index -= num_tiles; index < k_ctas) {
+    } else if (index -= v_ctas; index < k_ctas) {
         const Rows rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
         const int part = index % K_CTAS;
         index /= K_CTAS;

@@ -1,7 +1,7 @@
 // Steps 5, 6 and 8 of docs/numerics.md for one row of a tile, as one thread of a quad holds it: the
 // scores of its key group, in key order. Nothing here knows the shape of a matrix instruction.
 //
-// Compiled with: BLOCK_N, V_F16, P_FORM, AIM, ROW_SUM_UNIT, OUT_BF16.
+// Compiled with: HEAD_DIM, BLOCK_N, V_F16, P_FORM, AIM, ROW_SUM_UNIT, OUT_BF16.
 #pragma once
 
 #include "log2.cuh"
@@ -14,9 +14,10 @@
 constexpr bool LINEAR = P_FORM != EX2;
 static_assert(!(V_F16 && LINEAR), "the linear forms make E4M3 codes");
 
-// Accumulators of S start here. For the linear forms it is 32 products of 255 and 255, a multiply that the tensor
-// cores do, and more than the largest |S| of 128 channels: scores arrive positive, and read as FP32 they are denormals.
-constexpr unsigned SCORE_START = LINEAR ? 32 * 255 * 255 : 0x4B400000u;
+// Accumulators of S start here. For the linear forms it is more than the largest |S|: scores arrive positive, and
+// read as FP32 they are denormals. Up to 128 channels, the tensor cores make it of 32 pairs of 255.
+constexpr bool START_BY_PRODUCT = LINEAR && HEAD_DIM <= 128;
+constexpr unsigned SCORE_START = START_BY_PRODUCT ? 32 * 255 * 255 : LINEAR ? 1 << 22 : 0x4B400000;
 constexpr float STEPS_PER_OCTAVE = P_FORM == CODE ? 8.0f : 1024.0f;
 constexpr float STEPS_AT_BOUND = P_FORM == CODE ? 8 * (AIM + 7) : 1024 * (AIM + 14) - 51;
 constexpr int STEPS_AT_LIMIT = P_FORM == CODE ? 112 : 21400;  // the first whose P is E4M3 code 112 or more
@@ -67,6 +68,7 @@ struct RowMap {
             b = __fadd_rd(__fsub_rd(float(AIM), row.bound), -__fmul_ru(12582912.0f, a));
         }
     }
+
 
     __device__ float operator()(unsigned score) const { return __fmaf_rn(__uint_as_float(score), a, b); }
 

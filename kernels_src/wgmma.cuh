@@ -118,19 +118,21 @@ __device__ __forceinline__ constexpr unsigned descriptor_high(unsigned stride_by
                      : S_REGISTERS_##N("=r")                                                         \
                      : "r"(a));                                                                      \
     }
+#define S_REGISTERS_64(access) R32(access, s, 0)
 #define S_REGISTERS_96(access) R32(access, s, 0), R16(access, s, 32)
 #define S_REGISTERS_128(access) R64(access, s, 0)
 #define S_REGISTERS_192(access) R64(access, s, 0), R32(access, s, 64)
+DEFINE_WGMMA_S8(64, P8_3, "%32", "%33", "%34")
 DEFINE_WGMMA_S8(96, P8_5, "%48", "%49", "%50")
 DEFINE_WGMMA_S8(128, P8_7, "%64", "%65", "%66")
 DEFINE_WGMMA_S8(192, P8_11, "%96", "%97", "%98")
 
 // T (64 x N, FP16) = P (64 x 32, E4M3 in registers) V (32 x N, E4M3, V^T in shared memory), + T if
-// `accumulate`. t[2i]: row g, columns 8i + 2t, + 1 as a pair; t[2i + 1]: row g + 8.
+// `accumulate`. Of N / 4 registers, t[2i]: row g, columns 8i + 2t, + 1 as a pair; t[2i + 1]: row g + 8.
 #define DEFINE_WGMMA_E4M3(N, OPERANDS, P, V, HIGH, ACCUMULATE, ...)                                  \
     template <unsigned DESCRIPTOR_HIGH>                                                              \
-    __device__ __forceinline__ void wgmma_e4m3(unsigned (&t)[N / 4], const unsigned* p, unsigned v,  \
-                                               bool accumulate) {                                    \
+    __device__ __forceinline__ void wgmma_e4m3_n##N(unsigned* t, const unsigned* p, unsigned v,      \
+                                                    bool accumulate) {                               \
         asm volatile("{\n.reg .pred accumulate;\n.reg .b64 v;\n"                                     \
                      "setp.ne.b32 accumulate, " ACCUMULATE ", 0;\nmov.b64 v, {" V ", " HIGH "};\n"   \
                      "wgmma.mma_async.sync.aligned.m64n" #N "k32.f16.e4m3.e4m3 {" OPERANDS "}, {" P  \
@@ -140,4 +142,5 @@ DEFINE_WGMMA_S8(192, P8_11, "%96", "%97", "%98")
                        "r"(int(accumulate)));                                                        \
     }
 DEFINE_WGMMA_E4M3(72, P8_1 ",%16,%17", "%18,%19,%20,%21", "%22", "%23", "%24", R16("+r", t, 0), R2("+r", t, 16))
+DEFINE_WGMMA_E4M3(128, P8_3, "%32,%33,%34,%35", "%36", "%37", "%38", R32("+r", t, 0))
 DEFINE_WGMMA_E4M3(136, P8_3 ",%32,%33", "%34,%35,%36,%37", "%38", "%39", "%40", R32("+r", t, 0), R2("+r", t, 32))

@@ -206,7 +206,7 @@ def row_bound(scores, a, visible, plan):
     groups = np.where(visible, scores, NEGATIVE_INFINITY).reshape(len(scores), quantize.KEY_GROUPS, -1)
     top = groups.max(axis=-1)
     form = FORMS[plan.p_form]
-    scaled = np.where(np.isneginf(top), top, formats.mul_ru(top, form.factor(a)))
+    scaled = np.where(np.isneginf(top), top, formats.mul_ru(top, form.factor(a, plan)))
     return form.round_bound(np.fmax.reduce(scaled, axis=-1, initial=NEGATIVE_INFINITY))
 
 

@@ -9,7 +9,11 @@ import numpy as np
 from . import formats, quantize, special
 
 SCORE_MAGIC = np.float32(12582912)  # the accumulator's start of `Ex2`; its ulp is 1
-SCORE_START = np.float32(32 * 255 * 255)  # and of the linear forms, where it is read as a denormal
+
+
+def score_start(head_dim):
+    """The same of the linear forms, where it is read as a denormal: above the largest score of `head_dim` channels."""
+    return np.float32(32 * 255 * 255 if head_dim <= 128 else 1 << 22)
 
 
 def _per_key(x, scores):
@@ -22,7 +26,7 @@ class Ex2:
     steps_per_octave = np.float32(1)
     bias = 0.0  #: log2 of the mean of P over 2**x
 
-    def factor(self, a):
+    def factor(self, a, plan):
         """What the integer score is multiplied by."""
         return a
 
@@ -52,12 +56,12 @@ class Linear:
     and `codes`.
     """
 
-    def _start_steps(self, a):
-        """Steps that SCORE_START stands for, an integer."""
-        return np.rint(a * (self.steps_per_octave * SCORE_START))
+    def _start_steps(self, a, plan):
+        """Steps that `score_start` stands for, an integer."""
+        return np.rint(a * (self.steps_per_octave * score_start(plan.head_dim)))
 
-    def factor(self, a):
-        return self._start_steps(a) * (np.float32(1) / SCORE_START)
+    def factor(self, a, plan):
+        return self._start_steps(a, plan) * (np.float32(1) / score_start(plan.head_dim))
 
     def round_bound(self, bound):
         return np.ceil(bound)
@@ -65,9 +69,9 @@ class Linear:
     def steps(self, scores, a, bound, plan):
         """log2 P in steps. The FMA rounds once: float64 holds it exactly, and what is clipped may be off."""
         at_bound = np.float32(plan.aim * self.steps_per_octave + self.steps_at_one)
-        b = (at_bound - bound[..., None]) - self._start_steps(a)
-        factor, b = (_per_key(x.astype(np.float64), scores) for x in (self.factor(a), b))
-        steps = np.rint(factor * (float(SCORE_START) + scores) + b)
+        b = (at_bound - bound[..., None]) - self._start_steps(a, plan)
+        factor, b = (_per_key(x.astype(np.float64), scores) for x in (self.factor(a, plan), b))
+        steps = np.rint(factor * (float(score_start(plan.head_dim)) + scores) + b)
         return np.where(np.isnan(steps), self.max_steps, np.clip(steps, 0, self.max_steps)).astype(np.int32)
 
     def p(self, scores, a, bound, plan, exact_parts=frozenset()):

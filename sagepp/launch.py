@@ -23,15 +23,13 @@ import ml_dtypes
 import numpy as np
 
 from . import jit
-from .plan import Plan, kernels, make_plan
+from .plan import Plan, head_dims, kernels, make_plan
 
 # As in `kernels_src/quantize.cu` and `statistics.cuh`.
 SUM_CHUNKS = 16  #: partial sums of K and V a head (docs/numerics.md, section 1)
 KEY_GROUPS = 4  #: scales of K a tile
 MAX_GRID_YZ = 65535  #: of CUDA, CTAs along y and z
 QUANTIZE_WARPS = 4  #: of a CTA of `quantize`
-Q_CTA_ROWS = 128  #: rows of Q that a CTA of `quantize` takes
-QUANTIZE_CTAS = 6  #: CTAs of `quantize` that an SM holds at least (its launch bounds)
 
 STATISTICS_LEAD = 5  #: KV heads that the statistics in `quantize` are ahead of the codes, at least
 
@@ -102,7 +100,9 @@ def attention_shared_bytes(plan: Plan) -> int:
         return q_bytes + plan.stages * (k_bytes + v_bytes) + 8 * plan.block_m
     stage_bytes = _align(k_bytes + v_bytes, 1024)
     item_bytes = 4 * (2 * plan.block_m + 2 * d + 4)
-    return 2 * (q_bytes + item_bytes) + plan.stages * (stage_bytes + 16) + 128 + 8 * (4 + 2 * plan.stages)
+    q_buffers = 2 if d <= 128 else 1
+    o_bytes = 4 * plan.block_m * max(0, d - 160)  # what the registers cannot hold
+    return (q_buffers * (q_bytes + item_bytes + 16) + plan.stages * (stage_bytes + 16 + 16) + o_bytes + 128)
 
 
 def attention_grid(plan: Plan, batch: int, num_heads: int, seq_q: int, num_sms: int):
@@ -117,7 +117,7 @@ def attention_grid(plan: Plan, batch: int, num_heads: int, seq_q: int, num_sms: 
 
 def kernel_variants(arch: str) -> Iterator[tuple[str, str, tuple]]:
     """(source, function, defines) of what `attention` may ask for on an architecture of `plan`."""
-    plans = [make_plan(arch, head_dim, kernel) for kernel in kernels(arch) for head_dim in (64, 128)]
+    plans = [make_plan(arch, head_dim, kernel) for kernel in kernels(arch) for head_dim in head_dims(kernel)]
     for plan in plans:
         yield "quantize.cu", "quantize", quantize_defines(plan)
         yield "quantize.cu", "quantize", quantize_defines(plan, bfloat16=True, return_lse=True, aligned=False)
@@ -190,12 +190,23 @@ def _workspace(geometry: Geometry, plan: Plan) -> dict[str, tuple[tuple[int, ...
     }
 
 
-def _k_ctas(plan: Plan) -> int:
-    """CTAs of `quantize` for a tile of K: `K_CTAS` of quantize.cu."""
+def _q_cta_rows(plan: Plan) -> int:
+    """Rows of Q that a CTA of `quantize` takes: `Q_CTA_ROWS` of quantize.cu."""
+    return 128 if plan.head_dim <= 128 else 64
+
+
+def _kv_ctas(plan: Plan) -> int:
+    """CTAs of `quantize` for a tile of K and V: `K_CTAS` and `V_CTAS` of quantize.cu."""
     row_threads = 2 if plan.head_dim < 128 else 4
     warp_rows = 32 // row_threads
     group_warps = next(n for n in (1, 2, 4) if plan.block_n // KEY_GROUPS <= n * warp_rows)
-    return max(1, KEY_GROUPS * group_warps * warp_rows // Q_CTA_ROWS)  # no more rows of K a CTA than of Q
+    k_ctas = max(1, KEY_GROUPS * group_warps * warp_rows // _q_cta_rows(plan))  # no more rows a CTA than of Q
+    return k_ctas + max(1, plan.head_dim // 128)
+
+
+def _ctas_an_sm(plan: Plan) -> int:
+    """CTAs of `quantize` that an SM holds at least: its launch bounds."""
+    return 6 if plan.head_dim <= 128 else 4
 
 
 def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, int]:
@@ -205,10 +216,10 @@ def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, i
     be worse: K and V should be in the L2 cache still.
     """
     g = geometry
-    q_ctas = g.num_heads_q // g.num_heads_kv * -(-_align(g.seq_q, plan.block_m) // Q_CTA_ROWS)
-    head_ctas = 2 * SUM_CHUNKS + -(-g.seq_kv // plan.block_n) * (1 + _k_ctas(plan)) + q_ctas
+    q_ctas = g.num_heads_q // g.num_heads_kv * -(-_align(g.seq_q, plan.block_m) // _q_cta_rows(plan))
+    head_ctas = 2 * SUM_CHUNKS + -(-g.seq_kv // plan.block_n) * _kv_ctas(plan) + q_ctas
     heads_kv = g.batch * g.num_heads_kv
-    lead = max(STATISTICS_LEAD, -(-2 * QUANTIZE_CTAS * num_sms // head_ctas))
+    lead = max(STATISTICS_LEAD, -(-2 * _ctas_an_sm(plan) * num_sms // head_ctas))
     return heads_kv * head_ctas, min(heads_kv, lead)
 
 

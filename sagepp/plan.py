@@ -85,9 +85,14 @@ def kernels(arch: str) -> tuple[str, ...]:
     return ("mma_fp16",) if arch in ("sm_80", "sm_86") else ("mma_fp16", "mma")
 
 
+def head_dims(kernel: str) -> tuple[int, ...]:
+    """The padded head dimensions that a kernel is written for."""
+    return (64, 128, 256) if KERNELS[kernel][0] == "wgmma" else (64, 128)
+
+
 @lru_cache(maxsize=None)
 def make_plan(arch: str, head_dim: int, kernel: str | None = None) -> Plan:
-    """The plan for a head dimension (1..128) on an architecture.
+    """The plan for a head dimension (1..128, on Hopper 1..256) on an architecture.
 
     `kernel` forces one of `kernels(arch)`: "mma" (FP8 P V through `mma.sync`), "mma_fp16" (FP16 P V
     through `mma.sync`), "wgmma" (Hopper), "wgmma_fast" (Hopper, P by a linear approximation). None takes
@@ -101,12 +106,14 @@ def make_plan(arch: str, head_dim: int, kernel: str | None = None) -> Plan:
         raise ValueError(f"kernel is {kernel!r}, which {arch} does not have; "
                          f"allowed there: {', '.join(map(repr, allowed))}")
     d = padded_head_dim(head_dim)
-    if d == 256:
-        raise ValueError(f"head_dim is {head_dim}; this version supports 1 to 128")
     source, v_dtype, p_form = KERNELS[kernel]
+    if d not in head_dims(kernel):
+        raise ValueError(f"head_dim is {head_dim}; kernel {kernel!r} supports 1 to {head_dims(kernel)[-1]}")
     if source == "mma":
         # 32 rows a warp; 16 where ptxas spills otherwise
         shape = dict(block_m=128, block_n=64, promote_every=1, num_warps=8 if arch == "sm_100a" else 4, stages=2)
+    elif d == 256:
+        shape = dict(block_m=128, block_n=64, promote_every=8, num_warps=12, stages=4)
     elif d == 64:
         shape = dict(block_m=192, block_n=128, promote_every=4, num_warps=16, stages=4)
     else:
@@ -119,8 +126,8 @@ def make_plan(arch: str, head_dim: int, kernel: str | None = None) -> Plan:
 def default_cpu_plan(head_dim: int, kernel: str | None = None) -> Plan:
     """The plan that the reference uses for NumPy inputs.
 
-    By default SageAttention2++ as published, on Ada; a `kernel` as the first architecture that has it
-    computes it.
+    By default SageAttention2++ as published, on Ada (beyond a head_dim of 128, as on Hopper); a `kernel` as the
+    first architecture that has it computes it.
     """
-    kernel = kernel or "mma"
+    kernel = kernel or ("mma" if head_dim <= 128 else "wgmma")
     return make_plan(next(arch for arch in ARCHITECTURES if kernel in kernels(arch)), head_dim, kernel)

@@ -52,7 +52,7 @@ def soak(pool, options):
     arch = jit.family_of(jit.arch_of())
     pool.map(_compile, variants(arch, options.kernel), chunksize=1)
     compiled = time.perf_counter()
-    problems = [strategies.random_problem(options.seed, i) for i in range(options.examples)]
+    problems = [strategies.random_problem(options.seed, i, options.kernel) for i in range(options.examples)]
     tasks = [(problem, make_plan(arch, problem.head_dim, options.kernel)) for problem in problems]
     values, differing_bits, failures = 0, 0, []
     for (problem, plan), expected in zip(tasks, pool.imap(_reference, tasks, chunksize=2)):
@@ -78,7 +78,7 @@ def soak(pool, options):
 
 def variants(arch, kernel):
     """Arguments of `jit.compile_cubin` for every specialisation that `random_problem` may need."""
-    for plan in {make_plan(arch, head_dim, kernel) for head_dim in strategies.HEAD_DIMS}:
+    for plan in {make_plan(arch, head_dim, kernel) for head_dim in strategies.head_dims_of(kernel)}:
         nvrtc = (12, 8) if plan.v_dtype == "e4m3" else (12, 0)
         for bfloat16, flag in itertools.product((False, True), repeat=2):
             defines = launch.attention_defines(plan, bfloat16=bfloat16, is_causal=flag, return_lse=True)

@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from sagepp import attention
-from sagepp.plan import ARCHITECTURES, KERNELS, kernels, make_plan
+from sagepp.plan import ARCHITECTURES, KERNELS, head_dims, kernels, make_plan
 from sagepp.reference.attention import attention as reference
 
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -166,9 +166,9 @@ def store(array, storage, copy=np.array):
 
 # ---------------------------------------------------------------------------- problems
 
-def plans(head_dims=(64, 128)):
+def plans():
     """Every plan that there is: all architectures, kernels and head dimensions."""
-    return [make_plan(arch, d, kernel) for arch in ARCHITECTURES for kernel in kernels(arch) for d in head_dims]
+    return [make_plan(arch, d, kernel) for arch in ARCHITECTURES for kernel in kernels(arch) for d in head_dims(kernel)]
 
 
 def kernel_name(plan):
@@ -183,6 +183,7 @@ def plan_id(plan):
 #: Lengths around which tiles, row blocks and the chunks of the sums begin or end.
 EDGES = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 511, 512, 513)
 HEAD_DIMS = (1, 2, 8, 15, 16, 32, 63, 64, 65, 80, 96, 127, 128)
+LARGE_HEAD_DIMS = (129, 160, 192, 255, 256, 256)  #: for the kernels that have them
 SM_SCALES = (None, None, None, 0.05, 1.0, 3.7, 1e-4, 1e6)
 MAX_SEQ_Q, MAX_SEQ_KV = 300, 600
 
@@ -201,15 +202,22 @@ CHOICES = {
 }
 
 
-def problems(max_seq_q=MAX_SEQ_Q, max_seq_kv=MAX_SEQ_KV, kinds=VALUES, **fixed):
-    """Hypothesis strategy of `Problem`; `fixed` fields keep their value."""
+def head_dims_of(kernel):
+    """Actual head dimensions to choose from, for a kernel or (None) for all of them."""
+    large = kernel is not None and max(head_dims(kernel)) > 128
+    return HEAD_DIMS + LARGE_HEAD_DIMS if large else HEAD_DIMS
+
+
+def problems(max_seq_q=MAX_SEQ_Q, max_seq_kv=MAX_SEQ_KV, kinds=VALUES, kernel=None, **fixed):
+    """Hypothesis strategy of `Problem` for a kernel, or for all of them; `fixed` fields keep their value."""
 
     def lengths(limit):
         return st.integers(1, limit) | st.sampled_from([n for n in EDGES if n <= limit])
 
     fields = {name: st.sampled_from(choices) for name, choices in CHOICES.items()}
     fields["seq_q"], fields["seq_kv"] = lengths(max_seq_q), lengths(max_seq_kv)
-    fields["head_dim"] = st.integers(1, 128) | st.sampled_from(HEAD_DIMS)
+    choices = head_dims_of(kernel)
+    fields["head_dim"] = st.integers(1, max(choices)) | st.sampled_from(choices)
     fields["kinds"] = st.tuples(*[st.sampled_from(kinds)] * 3)
     fields["seed"] = st.integers(0, 2**32 - 1)
     fields.update({name: st.just(value) for name, value in fixed.items()})
@@ -221,8 +229,8 @@ def seed_of(text):
     return secrets.randbits(32) if text == "random" else int(text)
 
 
-def random_problem(seed, index):
-    """Problem number `index` of the sequence that `seed` stands for."""
+def random_problem(seed, index, kernel=None):
+    """Problem number `index` of the sequence that `seed` stands for, for a kernel or for all of them."""
     rng = np.random.default_rng((seed, index))
 
     def pick(choices):
@@ -231,12 +239,13 @@ def random_problem(seed, index):
     def length(limit):
         return int(pick([n for n in EDGES if n <= limit]) if rng.random() < 0.5 else rng.integers(1, limit + 1))
 
+    head_dim_choices = head_dims_of(kernel)
     fields = {name: pick(choices) for name, choices in CHOICES.items()}
     return Problem(
         **fields,
         seq_q=length(MAX_SEQ_Q),
         seq_kv=length(MAX_SEQ_KV),
-        head_dim=int(pick(HEAD_DIMS) if rng.random() < 0.7 else rng.integers(1, 129)),
+        head_dim=int(pick(head_dim_choices) if rng.random() < 0.7 else rng.integers(1, max(head_dim_choices) + 1)),
         kinds=("normal",) * 3 if rng.random() < 0.2 else tuple(pick(VALUES) for _ in range(3)),
         seed=int(rng.integers(2**32)),
     )

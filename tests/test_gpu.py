@@ -82,7 +82,7 @@ def test_output_and_lse_are_those_of_the_reference(kernel, shard):
 
     @seed(SEED * SHARDS + shard)
     @settings(max_examples=-(-EXAMPLES // SHARDS), derandomize=False, database=None)
-    @given(problem=problems())
+    @given(problem=problems(kernel=kernel))
     def on_random_problems(problem):
         check(problem, kernel)
 
@@ -93,6 +93,8 @@ def test_output_and_lse_are_those_of_the_reference(kernel, shard):
 @pytest.mark.parametrize("problem", [
     Problem(seq_q=1, seq_kv=1, head_dim=1),
     Problem(seq_q=700, seq_kv=2100, head_dim=128, is_causal=True),
+    Problem(seq_q=700, seq_kv=2100, head_dim=256, is_causal=True),
+    Problem(seq_q=300, seq_kv=1500, head_dim=200, dtype="bfloat16", kinds=("rising", "rising", "normal")),
     Problem(seq_q=1, seq_kv=5000, head_dim=64, group=8),
     Problem(seq_q=300, seq_kv=100, head_dim=64, is_causal=True),
     Problem(seq_q=100, seq_kv=300, head_dim=64, is_causal=True, causal_alignment="top-left"),
@@ -109,7 +111,7 @@ def test_chosen_problems(kernel, problem):
 
 
 @each_kernel
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_fp16_accumulator_near_its_limit(kernel, head_dim):
     plan = plan_of(kernel, head_dim)
 

@@ -57,7 +57,6 @@ def test_scales_of_the_linear_forms_are_the_kernels(name):
     assert constant("STEPS_PER_OCTAVE", name) == form.steps_per_octave
     assert constant("STEPS_AT_BOUND", name) == aim * form.steps_per_octave + form.steps_at_one
     assert constant("BIAS", name) == pytest.approx(form.bias, abs=1e-12)
-    assert "SCORE_START = LINEAR ? 32 * 255 * 255 :" in SOURCE and p_forms.SCORE_START == 32 * 255 * 255
 
 
 @pytest.mark.parametrize("name, error", [("code", 0.0615), ("chord", 0.0160)])
@@ -94,7 +93,7 @@ def test_p_is_at_the_bound_what_the_plan_aims_at(name):
     a = np.exp2(rng.uniform(-40, -2, (4000, 1))).astype(np.float32).repeat(4, axis=1)
     scores = rng.integers(-LARGEST_SCORE, LARGEST_SCORE, (4000, 4)).astype(np.float32)
     top = scores.max(axis=1)
-    bound = form.round_bound(formats.mul_ru(top, form.factor(a)[:, 0]))
+    bound = form.round_bound(formats.mul_ru(top, form.factor(a, plan)[:, 0]))
     steps = form.steps(scores, a, bound, plan)
     at_bound = plan.aim * form.steps_per_octave + form.steps_at_one
     assert (steps.max(axis=1) <= at_bound + form.steps_per_octave / 5).all()
@@ -103,12 +102,14 @@ def test_p_is_at_the_bound_what_the_plan_aims_at(name):
     # within a row, steps are differences of the scores in units of 1 / steps_per_octave
     expected = at_bound + (scores - top[:, None]).astype(np.float64) * a * form.steps_per_octave
     inside = (expected > 0) & usual[:, None]
-    tolerance = 3 + np.abs(scores - top[:, None]) / float(p_forms.SCORE_START)
+    tolerance = 3 + np.abs(scores - top[:, None]) / float(p_forms.score_start(128))
     assert (np.abs(steps - expected) <= tolerance)[inside].all()
 
 
-def test_scores_arrive_positive():
-    assert LARGEST_SCORE < p_forms.SCORE_START and p_forms.SCORE_START + LARGEST_SCORE < 2**23  # a denormal
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_scores_arrive_positive(head_dim):
+    start, largest = p_forms.score_start(head_dim), head_dim * 127**2
+    assert largest < start and start + largest < 2**23  # a denormal
 
 
 def test_nan_and_absent_bounds():

@@ -55,8 +55,9 @@ constexpr int V_OFFSET = K_OFFSET + K_BYTES;
 constexpr int STAGE_BYTES = align_up(K_BYTES + V_BYTES, 1024);
 constexpr int SCALE_OFFSET = K_OFFSET + STAGES * STAGE_BYTES;  // k_scale: 16 bytes a stage
 constexpr int ITEM_OFFSET = SCALE_OFFSET + STAGES * 16;
-constexpr int ONES_OFFSET = ITEM_OFFSET + Q_BUFFERS * sizeof(ItemScales);  // 128 bytes of ones, for SCORE_START
-constexpr int O_OFFSET = ONES_OFFSET + 128;  // [O_SHARED_CHANNELS / 8][thread][row][2]
+constexpr int ONES_OFFSET = ITEM_OFFSET + Q_BUFFERS * sizeof(ItemScales);
+constexpr int ONES_BYTES = START_BY_PRODUCT ? 32 * BLOCK_N : 0;  // a matrix of 255, for SCORE_START
+constexpr int O_OFFSET = ONES_OFFSET + ONES_BYTES;  // [O_SHARED_CHANNELS / 8][thread][row][2]
 constexpr int BARRIER_OFFSET = O_OFFSET + CONSUMER_THREADS * O_SHARED_CHANNELS * 2;
 
 // Barriers, 8 bytes each: an item's Q and scales, and a stage's K and V, have arrived or are done with.
@@ -217,7 +218,7 @@ __device__ __forceinline__ int visible_keys(const Problem& problem, int row, int
     return end - tile * BLOCK_N - group * (BLOCK_N / 4);
 }
 
-// q, k, ones, v: low words of the descriptors of the warpgroup's Q, of the tile's K, of ONES and of the tile's V.
+// q, k, ones, v: low words of the descriptors of the warpgroup's Q, of the tile's K, of the ones and of the tile's V.
 __device__ __forceinline__ void issue_qk(unsigned (&s)[BLOCK_N / 2], unsigned q, unsigned k, unsigned ones) {
     constexpr unsigned HIGH = descriptor_high(8 * PANEL, LAYOUT_QK);
     if (!START_BY_PRODUCT) {
@@ -225,7 +226,7 @@ __device__ __forceinline__ void issue_qk(unsigned (&s)[BLOCK_N / 2], unsigned q,
         for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = SCORE_START;
     }
     wgmma_fence();
-    if (START_BY_PRODUCT) wgmma_u8_square(s, ones);
+    if (START_BY_PRODUCT) wgmma_u8<descriptor_high(256, LAYOUT_PLAIN)>(s, ones);
 #pragma unroll
     for (int d = 0; d < HEAD_DIM; d += 32) {
         int panel = d / PANEL, column = d % PANEL;
@@ -379,7 +380,7 @@ struct Consumer {
         asm volatile("ld.shared.f32 %0, [%1];" : "=f"(k_scale)
                      : "r"(shared + SCALE_OFFSET + 16 * ring.stage + threadIdx.x % 4 * 4) : "memory");
         issue_qk(s, q, descriptor_low(shared + ring.stage * STAGE_BYTES + K_OFFSET, 16),
-                 descriptor_low(shared + ONES_OFFSET, 0));
+                 descriptor_low(shared + ONES_OFFSET, 128));
     }
 
     // P V of the tile in `stage`, added to T unless that tile begins a promotion interval.
@@ -558,7 +559,8 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
         }
         mbarrier_fence_init();
     }
-    if (threadIdx.x < 32) reinterpret_cast<unsigned*>(dynamic_shared + ONES_OFFSET)[threadIdx.x] = ~0u;
+    if (static_cast<int>(threadIdx.x) < ONES_BYTES / 16)
+        reinterpret_cast<uint4*>(dynamic_shared + ONES_OFFSET)[threadIdx.x] = make_uint4(~0u, ~0u, ~0u, ~0u);
     async_proxy_fence();
     __syncthreads();
     if (threadIdx.x < 128) {

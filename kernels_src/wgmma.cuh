@@ -99,7 +99,7 @@ __device__ __forceinline__ constexpr unsigned descriptor_high(unsigned stride_by
 // columns 8i + 2t, + 1; s[4i + 2], s[4i + 3]: row g + 8. Two products:
 // - wgmma_s8: S += Q (64 x 32) K^T (32 x N), both INT8 in shared memory, described by their low words and a
 //   common high word.
-// - wgmma_u8_square: S = A A^T of unsigned bytes that repeat every 8 rows and 16 columns: A is 128 bytes, plain.
+// - wgmma_u8: S = A B^T of unsigned bytes, A (64 x 32) and B (N x 32) at the same place.
 #define DEFINE_WGMMA_S8(N, OPERANDS, Q, K, HIGH)                                                     \
     template <unsigned DESCRIPTOR_HIGH>                                                              \
     __device__ __forceinline__ void wgmma_s8(unsigned (&s)[N / 2], unsigned q, unsigned k) {         \
@@ -110,13 +110,14 @@ __device__ __forceinline__ constexpr unsigned descriptor_high(unsigned stride_by
                      : S_REGISTERS_##N("+r")                                                         \
                      : "r"(q), "r"(k), "n"(DESCRIPTOR_HIGH));                                        \
     }                                                                                                \
-    __device__ __forceinline__ void wgmma_u8_square(unsigned (&s)[N / 2], unsigned a) {              \
+    template <unsigned DESCRIPTOR_HIGH>                                                              \
+    __device__ __forceinline__ void wgmma_u8(unsigned (&s)[N / 2], unsigned a) {                     \
         asm volatile("{\n.reg .pred accumulate;\n.reg .b64 a;\nsetp.ne.b32 accumulate, 0, 0;\n"      \
-                     "mov.b64 a, {" Q ", 0};\n"                                                      \
+                     "mov.b64 a, {" Q ", " K "};\n"                                                  \
                      "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.u8.u8 {" OPERANDS "}, "         \
                      "a, a, accumulate;\n}"                                                          \
                      : S_REGISTERS_##N("=r")                                                         \
-                     : "r"(a));                                                                      \
+                     : "r"(a), "n"(DESCRIPTOR_HIGH));                                                \
     }
 #define S_REGISTERS_64(access) R32(access, s, 0)
 #define S_REGISTERS_96(access) R32(access, s, 0), R16(access, s, 32)

@@ -102,7 +102,8 @@ def attention_shared_bytes(plan: Plan) -> int:
     item_bytes = 4 * (2 * plan.block_m + 2 * d + 4)
     q_buffers = 2 if d <= 128 else 1
     o_bytes = 4 * plan.block_m * max(0, d - 160)  # what the registers cannot hold
-    return (q_buffers * (q_bytes + item_bytes + 16) + plan.stages * (stage_bytes + 16 + 16) + o_bytes + 128)
+    ones_bytes = 32 * plan.block_n if d <= 128 else 0
+    return q_buffers * (q_bytes + item_bytes + 16) + plan.stages * (stage_bytes + 16 + 16) + o_bytes + ones_bytes
 
 
 def attention_grid(plan: Plan, batch: int, num_heads: int, seq_q: int, num_sms: int):

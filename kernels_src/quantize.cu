@@ -13,19 +13,18 @@
 #include "statistics.cuh"
 
 constexpr int KEY_GROUPS = 4;  // scales of K a tile
+constexpr int ROTATION = 16;   // channels of Q and K that are rotated together, a block
 constexpr int GROUP_KEYS = BLOCK_N / KEY_GROUPS;
 constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;  // bytes of a row of codes of Q or K that lie together
 constexpr int V_CHUNK_KEYS = V_F16 ? 8 : 16;            // keys in a chunk, 16 bytes of codes of V
 constexpr int V_CHUNKS = BLOCK_N / V_CHUNK_KEYS;        // of a tile
 constexpr int V_ROWS = HEAD_DIM + ROW_SUM_ROWS;
 
-// Q and K: ROW_THREADS threads share a row, BLOCKS blocks of 8 channels each. Block b of thread t is number
-// `input_block` of the row before the rotation and `output_block` after it. The rows of a CTA are copied to
-// shared memory and worked on in passes, a row for every ROW_THREADS threads.
+// Q and K: ROW_THREADS threads share a row; block b of a thread, of BLOCKS, is number `block_of_row(b)` of the row. The
+// rows of a CTA are copied to shared memory and worked on in passes, a row for every ROW_THREADS threads.
 constexpr int ROW_THREADS = HEAD_DIM < 128 ? 2 : 4;
-constexpr int THREAD_BITS = ROW_THREADS / 2;  // log2(ROW_THREADS)
 constexpr int WARP_ROWS = 32 / ROW_THREADS;
-constexpr int BLOCKS = HEAD_DIM / (8 * ROW_THREADS);
+constexpr int BLOCKS = HEAD_DIM / (ROTATION * ROW_THREADS);
 constexpr int Q_CTA_ROWS = HEAD_DIM > 128 ? 64 : 128;
 constexpr int PASS_ROWS = THREADS / ROW_THREADS, PASSES = Q_CTA_ROWS / PASS_ROWS;
 
@@ -41,7 +40,7 @@ constexpr int V_CHANNELS = HEAD_DIM < 128 ? HEAD_DIM : 128, V_CTAS = HEAD_DIM / 
 constexpr int V_WIDTH = V_CHANNELS / 64, V_STEP = WARPS / V_WIDTH;
 constexpr int V_STEPS = ceil_div(V_CHUNKS, V_STEP), V_KEYS = V_CHUNK_KEYS / KEY_GROUPS;
 
-static_assert(BLOCKS >= ROW_THREADS, "`rotate` exchanges whole blocks between threads");
+static_assert(ROTATION == 16, "the codes of a block are 16 bytes");
 static_assert(GROUP_KEYS <= GROUP_WARPS * WARP_ROWS, "a pass holds whole key groups");
 static_assert(K_CTAS * K_PASSES * PASS_GROUPS == KEY_GROUPS, "every key group belongs to one CTA");
 static_assert(BLOCK_N % 16 == 0, "16 bytes of E4M3 are 4 keys of each key group");
@@ -50,10 +49,7 @@ static_assert(!(V_F16 && ROW_SUM_ROWS), "the rows of the row sum are E4M3");
 __device__ __forceinline__ int row_thread() { return threadIdx.x % ROW_THREADS; }
 __device__ __forceinline__ int warp_row() { return threadIdx.x % 32 / ROW_THREADS; }
 
-__device__ __forceinline__ int input_block(int b) { return (b ^ row_thread()) | (row_thread() * BLOCKS); }
-__device__ __forceinline__ int output_block(int b) {
-    return row_thread() | (b / ROW_THREADS * ROW_THREADS) | (b % ROW_THREADS * BLOCKS);
-}
+__device__ __forceinline__ int block_of_row(int b) { return row_thread() + ROW_THREADS * b; }
 
 // One FP32 number a channel, in shared memory.
 struct Factors {
@@ -64,21 +60,24 @@ struct Factors {
         for (int i = 4 * threadIdx.x; i < HEAD_DIM; i += 4 * THREADS)
             cp_async_16(shared_address(of_channel + i), from + i);
     }
-    // Those of the thread's block number `block`, before the rotation.
-    __device__ __forceinline__ void load(int block, float (&x)[8]) const {
-        load_floats(of_channel + 8 * input_block(block), x);
-    }
+    // Those of channels 8 * vector ... 8 * vector + 7.
+    __device__ __forceinline__ void load(int vector, float (&x)[8]) const { load_floats(of_channel + 8 * vector, x); }
 };
 
-constexpr int CODE_CHUNKS = HEAD_DIM / 16;  // 16 bytes of codes each
+constexpr int VECTORS = HEAD_DIM / 8;         // of a row of input, 16 bytes each
+constexpr int CODE_CHUNKS = HEAD_DIM / 16;  // of a row of codes, 16 bytes each
+
+// What the numbers of vectors, and of chunks, are xor-ed with in a warp's rows in shared memory: eight threads beside
+// each other, which have block b of neighbouring rows, then use different banks.
+__device__ __forceinline__ int vector_swizzle(int r) { return HEAD_DIM < 128 ? (r & 1) | (r & 2) << 1 : r & 1; }
+__device__ __forceinline__ int chunk_swizzle(int r) { return HEAD_DIM < 128 ? r & 2 : (r & 1) << 2; }
 
 struct Shared {
     union {
         struct {  // of Q and K, for each pass; codes take the place of the rows that they are made of
             union {
-                uint4 rows[WARP_ROWS][HEAD_DIM / 8];         // 8 channels of input each
-                uint2 codes[WARP_ROWS * CODE_CHUNKS][2];     // 8 codes each
-                uint4 code_chunks[WARP_ROWS * CODE_CHUNKS];  // the same, as they are stored
+                uint4 rows[WARP_ROWS][VECTORS];
+                uint4 codes[WARP_ROWS * CODE_CHUNKS];
             } of_warp[WARPS];
         } passes[PASSES];
         // Of V, a chunk's keys of 64 channels for each warp and step, two channels in a word. The codes of the
@@ -89,7 +88,7 @@ struct Shared {
     };
     union {
         struct {  // of Q and K
-            Factors mean, factor;
+            Factors factor, addend;
             float warp_amax[PASSES][WARPS];
         };
         unsigned lost[WARPS][64];  // of V: what the codes of the warp's channels lost
@@ -105,75 +104,50 @@ constexpr float ROUNDING = 12582912.0f;
 // ---- 2. rotation and INT8, Q and K -------------------------------------------------------------
 
 // What a thread has of a row: [block][channel of the block].
-typedef float RowValues[BLOCKS][8];
+typedef float RowValues[BLOCKS][ROTATION];
 
-// -1 where the bit of the thread's number in the row is set.
-__device__ __forceinline__ float sign_of_thread(int bit) { return threadIdx.x >> bit & 1 ? -1.0f : 1.0f; }
-
-// Walsh-Hadamard butterflies of step 1, 2, ... HEAD_DIM / 2: within a block, between the blocks of a thread,
-// and between threads. In the last kind each of two threads gives half of its blocks to the other, and computes
-// both results of what it keeps. Registers have no addresses, so every thread must give the same numbers b:
-// therefore `input_block` depends on the thread, and the butterflies before leave sum and difference in opposite
-// places in the two. The thread that has the upper input negates the difference (`output_sign`). The sign in the
-// second kind is applied by an fma with 1 or -1, which rounds as sum and difference do.
-__device__ __forceinline__ void rotate(RowValues& x) {
+// x = f(x of the input, number of its vector, place in the vector): 8 channels at a time.
+template <class F> __device__ __forceinline__ void load_row(RowValues& x, const uint4 (&row)[VECTORS], F f) {
 #pragma unroll
-    for (int h = 1; h < 8; h *= 2) {
+    for (int b = 0; b < BLOCKS; ++b) {
 #pragma unroll
-        for (int i = 0; i < 8 * BLOCKS; ++i) {
-            if (i & h) continue;
-            float &low = x[i / 8][i % 8], &high = x[i / 8][i % 8 + h];
-            const float difference = __fsub_rn(low, high);
-            low = __fadd_rn(low, high);
-            high = difference;
-        }
-    }
+        for (int half = 0; half < 2; ++half) {
+            const int vector = 2 * block_of_row(b) + half;
+            float y[8];
+            widen(row[vector ^ vector_swizzle(warp_row())], y);
+            f(y, vector, b);
 #pragma unroll
-    for (int h = 1; h < BLOCKS; h *= 2) {
-        const float sign = h < ROW_THREADS ? sign_of_thread(h / 2) : 1.0f;
-#pragma unroll
-        for (int i = 0; i < 8 * BLOCKS; ++i) {
-            if (i / 8 & h) continue;
-            float &low = x[i / 8][i % 8], &high = x[i / 8 + h][i % 8];
-            const float difference = __fmaf_rn(high, -sign, low);
-            low = __fmaf_rn(low, sign, high);
-            high = difference;
-        }
-    }
-#pragma unroll
-    for (int h = 1; h < ROW_THREADS; h *= 2) {
-#pragma unroll
-        for (int i = 0; i < 8 * BLOCKS; ++i) {
-            if (i / 8 & h) continue;
-            float &kept = x[i / 8][i % 8], &given = x[i / 8 + h][i % 8];
-            const float other = __shfl_xor_sync(~0u, given, h);
-            given = __fsub_rn(kept, other);
-            kept = __fadd_rn(kept, other);
+            for (int d = 0; d < 8; ++d) x[b][8 * half + d] = y[d];
         }
     }
 }
 
-// What block b must be multiplied by after `rotate`.
-__device__ __forceinline__ float output_sign(int b) {
-    float sign = 1.0f;
+// Walsh-Hadamard butterflies of step 1, 2, 4, 8 in each block.
+__device__ __forceinline__ void rotate(RowValues& x) {
 #pragma unroll
-    for (int bit = 0; bit < THREAD_BITS; ++bit) {
-        if (b >> bit & 1) sign *= sign_of_thread(bit);
+    for (int h = 1; h < ROTATION; h *= 2) {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b) {
+#pragma unroll
+            for (int d = 0; d < ROTATION; ++d) {
+                if (d & h) continue;
+                const float low = x[b][d], high = x[b][d + h];
+                x[b][d] = __fadd_rn(low, high);
+                x[b][d + h] = __fsub_rn(low, high);
+            }
+        }
     }
-    return sign;
 }
 
 // Largest magnitude, NaN if a value is NaN.
 __device__ __forceinline__ float largest(const RowValues& x) {
-    float amax[BLOCKS] = {};  // one chain a block: they do not wait for each other
+    float amax[4] = {};  // chains that do not wait for each other
 #pragma unroll
-    for (int d = 0; d < 8; ++d) {
+    for (int d = 0; d < ROTATION; ++d) {
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) amax[block] = max_or_nan(amax[block], fabsf(x[block][d]));
+        for (int b = 0; b < BLOCKS; ++b) amax[d % 4] = max_or_nan(amax[d % 4], fabsf(x[b][d]));
     }
-#pragma unroll
-    for (int block = 1; block < BLOCKS; ++block) amax[0] = max_or_nan(amax[0], amax[block]);
-    return amax[0];
+    return max_or_nan(max_or_nan(amax[0], amax[1]), max_or_nan(amax[2], amax[3]));
 }
 
 // Over each aligned group of `lanes` threads of the warp.
@@ -194,21 +168,22 @@ __device__ __forceinline__ bool usual_inverse(float amax, float& inverse) {
 // codes are 0. Leaves the codes themselves in x, for an inverse of 1.
 __device__ __forceinline__ void unusual_values(RowValues& x, float amax) {
 #pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
+    for (int b = 0; b < BLOCKS; ++b) {
 #pragma unroll
-        for (int d = 0; d < 8; ++d)
-            x[block][d] = is_finite(amax) && x[block][d] != 0.0f ? copysignf(127.0f, x[block][d]) : 0.0f;
+        for (int d = 0; d < ROTATION; ++d)
+            x[b][d] = is_finite(amax) && x[b][d] != 0.0f ? copysignf(127.0f, x[b][d]) : 0.0f;
     }
 }
 
-// to_int_rn(mul(x, inverse)), a byte each. `inverse` may be negated, for blocks that are.
-__device__ __forceinline__ uint2 int8_codes(const float (&x)[8], float inverse) {
-    unsigned code[8], pair[4];
+// x * inverse, rounded once to an integer, a byte each.
+__device__ __forceinline__ uint4 int8_codes(const float (&x)[16], float inverse) {
+    unsigned code[16], pair[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) code[i] = __float_as_uint(__fadd_rn(__fmul_rn(x[i], inverse), ROUNDING));
+    for (int i = 0; i < 16; ++i) code[i] = __float_as_uint(__fmaf_rn(x[i], inverse, ROUNDING));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) pair[i] = __byte_perm(code[2 * i], code[2 * i + 1], 0x0040);
-    return make_uint2(__byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[2], pair[3], 0x5410));
+    for (int i = 0; i < 8; ++i) pair[i] = __byte_perm(code[2 * i], code[2 * i + 1], 0x0040);
+    return make_uint4(__byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[2], pair[3], 0x5410),
+                      __byte_perm(pair[4], pair[5], 0x5410), __byte_perm(pair[6], pair[7], 0x5410));
 }
 
 // What the numbers of the 16-byte chunks of a panel are xor-ed with in a row of codes.
@@ -224,10 +199,9 @@ __device__ __forceinline__ void store_codes(Pass& pass, signed char* tile, int r
     const int lane = threadIdx.x % 32;
     __syncwarp();
 #pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-        const int block = output_block(b), chunk = block / 2 ^ swizzle(warp_row());
-        shared.codes[warp_row() * CODE_CHUNKS + chunk][block % 2] = int8_codes(x[b], inverse * output_sign(b));
-    }
+    for (int b = 0; b < BLOCKS; ++b)
+        shared.codes[warp_row() * CODE_CHUNKS + (block_of_row(b) ^ chunk_swizzle(warp_row()))] =
+            int8_codes(x[b], inverse);
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < WARP_ROWS * CODE_CHUNKS; j += 32) {
@@ -235,18 +209,19 @@ __device__ __forceinline__ void store_codes(Pass& pass, signed char* tile, int r
         const int panel = chunk / (PANEL / 16), place = (chunk % (PANEL / 16)) ^ swizzle(row);
         if (row >= 0)
             reinterpret_cast<uint4*>(tile)[(panel * rows + row) * (PANEL / 16) + place] =
-                shared.code_chunks[r * CODE_CHUNKS + (chunk ^ swizzle(r))];
+                shared.codes[r * CODE_CHUNKS + (chunk ^ chunk_swizzle(r))];
     }
 }
 
 // Starts the copy of rows `first, first + 1, ...` for a warp's pass, zeros from `end` on.
 template <class Pass> __device__ __forceinline__ void copy_rows(Pass& pass, const Rows& rows, int first, int end) {
-    constexpr int VECTORS = HEAD_DIM / 8, STEP = 32 / VECTORS;  // threads that copy a row, rows at a time
+    constexpr int STEP = 32 / VECTORS;  // rows at a time
     const int vector = threadIdx.x % VECTORS, r = threadIdx.x % 32 / VECTORS;
     const Half* p = rows.at(first + r, 8 * vector);
 #pragma unroll
     for (int i = 0; i < WARP_ROWS; i += STEP, p += STEP * rows.stride)
-        rows.copy(&pass.of_warp[threadIdx.x / 32].rows[r + i][vector], p, 8 * vector, first + r + i < end);
+        rows.copy(&pass.of_warp[threadIdx.x / 32].rows[r + i][vector ^ vector_swizzle(r + i)], p, 8 * vector,
+                  first + r + i < end);
     cp_async_commit();
 }
 
@@ -262,7 +237,7 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
     copy_pass(0);
     wait(statistics, STATISTICS_DONE);
     shared.factor.copy(q_factor);
-    if (WITH_MEAN_DOT) shared.mean.copy(k_mean);
+    if (WITH_MEAN_DOT) shared.addend.copy(k_mean);
     cp_async_commit();
 #pragma unroll
     for (int pass = 1; pass < PASSES; ++pass) copy_pass(pass);
@@ -277,20 +252,17 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
             __syncwarp();
         }
         RowValues x;
-        float dot[BLOCKS];
-#pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
+        float dot[BLOCKS] = {};
+        load_row(x, shared.passes[pass].of_warp[threadIdx.x / 32].rows[warp_row()], [&](float (&y)[8], int vector, int b) {
             float factor[8], mean[8];
-            widen(shared.passes[pass].of_warp[threadIdx.x / 32].rows[warp_row()][input_block(block)], x[block]);
-            shared.factor.load(block, factor);
-            if (WITH_MEAN_DOT) shared.mean.load(block, mean);
-            dot[block] = 0.0f;
+            shared.factor.load(vector, factor);
+            if (WITH_MEAN_DOT) shared.addend.load(vector, mean);
 #pragma unroll
             for (int d = 0; d < 8; ++d) {
-                if (WITH_MEAN_DOT) dot[block] = __fmaf_rn(x[block][d], mean[d], dot[block]);
-                x[block][d] = __fmul_rn(x[block][d], factor[d]);
+                if (WITH_MEAN_DOT) dot[b] = __fmaf_rn(y[d], mean[d], dot[b]);
+                y[d] = __fmul_rn(y[d], factor[d]);
             }
-        }
+        });
         rotate(x);
         const float amax = largest_of_lanes(largest(x), ROW_THREADS);
         float inverse, row_scale = __fmul_rn(__fdiv_rn(amax, 127.0f), softmax_scale);
@@ -301,14 +273,13 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
         }
         if (WITH_MEAN_DOT) {
 #pragma unroll
-            for (int h = 1; h < BLOCKS; h *= 2) {
+            for (int half = BLOCKS / 2; half > 0; half /= 2) {
 #pragma unroll
-                for (int block = 0; block < BLOCKS; block += 2 * h)
-                    dot[block] = __fadd_rn(dot[block], dot[block + h]);
+                for (int b = 0; b < half; ++b) dot[b] = __fadd_rn(dot[b], dot[b + half]);
             }
 #pragma unroll
-            for (int lanes = 1; lanes < ROW_THREADS; lanes *= 2)
-                dot[0] = __fadd_rn(dot[0], __shfl_xor_sync(~0u, dot[0], lanes));
+            for (int half = ROW_THREADS / 2; half > 0; half /= 2)
+                dot[0] = __fadd_rn(dot[0], __shfl_xor_sync(~0u, dot[0], half));
         }
         const int first = row - warp_row();
         signed char* row_block = codes + static_cast<long long>(first / BLOCK_M) * BLOCK_M * HEAD_DIM;
@@ -324,7 +295,7 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
 // Part number `part` of a tile of K: K_PASSES * PASS_GROUPS key groups.
 // codes: [panel][BLOCK_N][PANEL], rows in column order; scale: [KEY_GROUPS]; scale_max: of the head, 0 at first.
 __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int seq_kv, int tile, int part,
-                                           const unsigned& statistics, const float* k_mean, const float* k_factor,
+                                           const unsigned& statistics, const float* k_factor, const float* k_addend,
                                            signed char* codes, float* scale, float* scale_max) {
     const int warp = threadIdx.x / 32, group_0 = part * (K_PASSES * PASS_GROUPS) + warp / GROUP_WARPS;
     const int place = warp % GROUP_WARPS * WARP_ROWS + warp_row();  // in the group
@@ -338,7 +309,7 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
     copy_pass(0);
     const bool special = wait(statistics, STATISTICS_DONE);
     shared.factor.copy(k_factor);
-    shared.mean.copy(k_mean);
+    shared.addend.copy(k_addend);
     cp_async_commit();
 #pragma unroll
     for (int pass = 1; pass < K_PASSES; ++pass) copy_pass(pass);
@@ -351,28 +322,27 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
             cp_async_wait<0>();
             __syncwarp();
         }
-        uint4* row = shared.passes[pass].of_warp[warp].rows[warp_row()];
+        auto& row = shared.passes[pass].of_warp[warp].rows[warp_row()];
         if (special) {
 #pragma unroll 1
-            for (int block = 0; block < BLOCKS; ++block) row[input_block(block)] = finite(row[input_block(block)]);
+            for (int vector = row_thread(); vector < VECTORS; vector += ROW_THREADS) row[vector] = finite(row[vector]);
+            __syncwarp();
         }
         RowValues x;
+        load_row(x, row, [&](float (&y)[8], int vector, int) {
+            float factor[8], addend[8];
+            shared.factor.load(vector, factor);
+            shared.addend.load(vector, addend);
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
-            float mean[8], factor[8];
-            shared.mean.load(block, mean);
-            shared.factor.load(block, factor);
-            widen(row[input_block(block)], x[block]);
-#pragma unroll
-            for (int d = 0; d < 8; ++d) x[block][d] = __fmul_rn(__fsub_rn(x[block][d], mean[d]), factor[d]);
-        }
-        // keys that do not exist count as 0 after the mean was subtracted, so that they do not raise amax
+            for (int d = 0; d < 8; ++d) y[d] = __fmaf_rn(y[d], factor[d], addend[d]);
+        });
+        // keys that do not exist do not raise amax
         if (GROUP_KEYS % (GROUP_WARPS * WARP_ROWS) != 0 || (tile + 1) * BLOCK_N > seq_kv) {
             if (!in_group || key_0 + pass * (PASS_GROUPS * GROUP_KEYS) >= seq_kv) {
 #pragma unroll
-                for (int block = 0; block < BLOCKS; ++block) {
+                for (int b = 0; b < BLOCKS; ++b) {
 #pragma unroll
-                    for (int d = 0; d < 8; ++d) x[block][d] = 0.0f;
+                    for (int d = 0; d < ROTATION; ++d) x[b][d] = 0.0f;
                 }
             }
         }
@@ -581,7 +551,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
     const Half* q, const Half* k, const Half* v, long long q_stride_b, long long q_stride_h,
     long long q_stride_s, long long k_stride_b, long long k_stride_h, long long k_stride_s,
     long long v_stride_b, long long v_stride_h, long long v_stride_s, Progress* progress,
-    ChunkStatistics* chunks, float* k_mean, float* k_factor, float* q_factor, float* v_mean, float* v_inverse,
+    ChunkStatistics* chunks, float* k_mean, float* k_factor, float* k_addend, float* q_factor, float* v_mean, float* v_inverse,
     float* v_scale, signed char* q_codes, float* q_scale, float* q_mean_dot, signed char* k_codes, float* k_scale,
     float* k_scale_max, unsigned char* v_codes, unsigned* lost, float* v_offset, int batch, int num_heads_q,
     int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale, int lead) {
@@ -622,7 +592,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
         if (is_v) {
             finish_v(chunks, seq_kv, v_mean + channels, v_inverse + channels, v_scale + channels);
         } else {
-            finish_k(chunks, seq_kv, k_mean + channels, k_factor + channels, q_factor + channels);
+            finish_k(chunks, seq_kv, k_mean + channels, k_factor + channels, k_addend + channels, q_factor + channels);
             k_scale_max[head] = 0.0f;
         }
         arrive(done.statistics[is_v], 1);
@@ -641,7 +611,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
         const int part = index % K_CTAS;
         index /= K_CTAS;
         const long long tile = static_cast<long long>(head) * num_tiles + index;
-        quantize_k(shared, rows, seq_kv, index, part, done.statistics[0], k_mean + channels, k_factor + channels,
+        quantize_k(shared, rows, seq_kv, index, part, done.statistics[0], k_factor + channels, k_addend + channels,
                    k_codes + tile * (BLOCK_N * HEAD_DIM), k_scale + tile * KEY_GROUPS, k_scale_max + head);
     } else {
         index -= k_ctas;

@@ -207,16 +207,18 @@ __device__ __forceinline__ bool rotation_sign(unsigned channel) {
 }
 
 // What quantisation needs to know of each channel; arrays of HEAD_DIM. The factors of Q and K are the balance, and
-// its reciprocal, with the sign of the rotation.
+// its reciprocal, with the sign of the rotation; `k_addend` subtracts K's mean.
 __device__ __forceinline__ void finish_k(const ChunkStatistics* chunks, int seq_kv, float* k_mean, float* k_factor,
-                                         float* q_factor) {
+                                         float* k_addend, float* q_factor) {
     for_each_channel([&](int channel) {
         float mean, spread;
         mean_and_spread(chunks, channel, seq_kv, SMOOTH_K, mean, spread);
         const float balance = spread > 0.0f ? __fsqrt_rn(spread) : 1.0f;
         const float sign = rotation_sign(channel) ? -1.0f : 1.0f;
+        const float factor = __fmul_rn(sign, __fdiv_rn(1.0f, balance));
         k_mean[channel] = mean;
-        k_factor[channel] = __fmul_rn(sign, __fdiv_rn(1.0f, balance));
+        k_factor[channel] = factor;
+        k_addend[channel] = -__fmul_rn(mean, factor);
         q_factor[channel] = __fmul_rn(sign, balance);
     });
 }

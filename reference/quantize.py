@@ -15,6 +15,7 @@ from . import formats
 INT8_MAX = np.float32(127)
 SUM_CHUNKS, SUM_LANES = 16, 16
 KEY_GROUPS = 4  # scales of K a tile: one for each thread of a quad
+ROTATION = 16  # channels of Q and K that are rotated together
 LOST_UNIT = np.float32(65536)
 
 
@@ -154,12 +155,12 @@ def rotation_signs(head_dim):
 
 
 def rotate(x):
-    """Signs and Walsh-Hadamard butterflies, without the factor ``head_dim**-0.5``."""
+    """Signs, and Walsh-Hadamard butterflies within blocks of `ROTATION` channels, without the factor 1/4."""
     *lead, head_dim = x.shape
     x = x * rotation_signs(head_dim)
     h = 1
     with np.errstate(over="ignore", invalid="ignore"):
-        while h < head_dim:
+        while h < ROTATION:
             x = x.reshape(*lead, head_dim // (2 * h), 2, h)
             low, high = x[..., 0, :], x[..., 1, :]
             x = np.stack([low + high, low - high], axis=-2).reshape(*lead, head_dim)
@@ -168,18 +169,19 @@ def rotate(x):
 
 
 def _int8_codes(x, amax, rounded):
-    """Codes of `x` whose largest magnitude is `amax`; unrounded float32 ones for `rounded=False`."""
+    """Codes of `x` whose largest magnitude is `amax`; unrounded ones for `rounded=False`."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         inverse = np.where(amax > 0, INT8_MAX / amax, np.float32(0))
-        codes = x * inverse
+        codes = x.astype(np.float64) * inverse  # exact, and so rounded once
     if not rounded:
-        return codes
-    return np.clip(formats.to_int_rn(codes), -127, 127).astype(np.int8)
+        return codes.astype(np.float32)
+    codes = np.where(np.isnan(codes), 0, np.clip(np.rint(codes), -127, 127))
+    return codes.astype(np.int8)
 
 
-def softmax_scale(sm_scale, plan):
+def softmax_scale(sm_scale):
     """`sm_scale` for base 2, with the factor that the rotation left out."""
-    return np.float32(sm_scale * np.log2(np.e) / plan.head_dim)
+    return np.float32(sm_scale * np.log2(np.e) / ROTATION)
 
 
 def quantize_q(q, channels, sm_scale, plan, rounded=True):
@@ -188,7 +190,7 @@ def quantize_q(q, channels, sm_scale, plan, rounded=True):
     with np.errstate(over="ignore", invalid="ignore"):
         x = rotate(q * channels.balance[..., None, :])
         amax = np.abs(x).max(axis=-1)
-        scale = amax / INT8_MAX * softmax_scale(sm_scale, plan)
+        scale = amax / INT8_MAX * softmax_scale(sm_scale)
         mean_dot = dot_with_mean(q, channels.k_mean)
     usable = np.isfinite(amax)
     codes = _int8_codes(np.where(usable[..., None], x, np.float32(0)), amax[..., None], rounded)
@@ -196,22 +198,22 @@ def quantize_q(q, channels, sm_scale, plan, rounded=True):
 
 
 def dot_with_mean(q, k_mean):
-    """q . k_mean: chains of 8 channels, added as butterflies."""
-    *lead, head_dim = q.shape
-    q = q.reshape(*lead, head_dim // 8, 8)
-    mean = k_mean[..., None, :].reshape(*k_mean.shape[:-1], 1, head_dim // 8, 8)
+    """q . k_mean: a chain for each block of `ROTATION` channels; the second half of them is added to the first, ..."""
+    blocks = (*q.shape[:-1], -1, ROTATION)
+    q, mean = q.reshape(blocks), np.broadcast_to(k_mean[..., None, :], q.shape).reshape(blocks)
     partial = np.zeros(q.shape[:-1], np.float32)
-    for i in range(8):
+    for i in range(ROTATION):
         partial = formats.fma(q[..., i], mean[..., i], partial)
-    while partial.shape[-1] > 1:
-        partial = partial[..., 0::2] + partial[..., 1::2]
+    while (half := partial.shape[-1] // 2) > 0:
+        partial = partial[..., :half] + partial[..., half:]
     return partial[..., 0]
 
 
 def quantize_k(k, channels, plan, rounded=True):
     """INT8 codes with one scale for every key group, a quarter of a tile."""
     k = finite(widen(k, plan.head_dim))
-    x = rotate((k - channels.k_mean[..., None, :]) * (np.float32(1) / channels.balance[..., None, :]))
+    factor = np.float32(1) / channels.balance[..., None, :]
+    x = rotate(formats.fma(k, factor, -(channels.k_mean[..., None, :] * factor)))
     tiles = in_tiles(x, plan.block_n)
     groups = tiles.reshape(*tiles.shape[:-2], KEY_GROUPS, plan.block_n // KEY_GROUPS, plan.head_dim)
     amax = np.abs(groups).max(axis=(-2, -1))

@@ -28,6 +28,7 @@ from .plan import Plan, head_dims, kernels, make_plan
 # As in `kernels_src/quantize.cu` and `statistics.cuh`.
 SUM_CHUNKS = 16  #: partial sums of K and V a head (docs/numerics.md, section 1)
 KEY_GROUPS = 4  #: scales of K a tile
+ROTATION = 16  #: channels of Q and K that are rotated together
 MAX_GRID_YZ = 65535  #: of CUDA, CTAs along y and z
 QUANTIZE_WARPS = 4  #: of a CTA of `quantize`
 
@@ -36,8 +37,8 @@ STATISTICS_LEAD = 5  #: KV heads that the statistics in `quantize` are ahead of 
 #: Kernel -> its parameters, in order. Names of arrays in the workspace are those of `_workspace`.
 _PARAMETERS = {
     "quantize": """q k v q_stride_b q_stride_h q_stride_s k_stride_b k_stride_h k_stride_s v_stride_b
-        v_stride_h v_stride_s progress chunks k_mean k_factor q_factor v_mean v_inverse v_scale q_codes
-        q_scale q_mean_dot k_codes k_scale k_scale_max v_codes lost v_offset batch num_heads_q num_heads_kv
+        v_stride_h v_stride_s progress chunks k_mean k_factor k_addend q_factor v_mean v_inverse v_scale
+        q_codes q_scale q_mean_dot k_codes k_scale k_scale_max v_codes lost v_offset batch num_heads_q num_heads_kv
         group seq_q seq_kv head_dim softmax_scale lead""",
     "attention": """q_codes q_scale q_mean_dot k_codes k_scale k_scale_max v_codes v_scale v_offset
         o lse o_stride_b o_stride_h o_stride_s batch num_heads_q num_heads_kv seq_q seq_kv head_dim
@@ -160,8 +161,8 @@ class Geometry:
         scalars["causal_offset"] = self.seq_kv - self.seq_q if self.is_causal and bottom_right else 0
         scalars["group"] = self.num_heads_q // self.num_heads_kv
         scalars["sm_scale"] = np.float32(self.sm_scale)
-        # the rotation of Q and K leaves out a factor head_dim ** -0.5 each
-        scalars["softmax_scale"] = np.float32(self.sm_scale * np.log2(np.e) / plan.head_dim)
+        # the rotation of Q and K leaves out a factor of 1/4 each
+        scalars["softmax_scale"] = np.float32(self.sm_scale * np.log2(np.e) / ROTATION)
         return scalars
 
 
@@ -177,7 +178,7 @@ def _workspace(geometry: Geometry, plan: Plan) -> dict[str, tuple[tuple[int, ...
     return {
         "progress": ((heads_kv, 4), np.uint32),  # struct Progress; first, as it is cleared before each call
         "chunks": ((heads_kv, 2, SUM_CHUNKS, 2 * d), np.float32),  # K, V; struct ChunkStatistics
-        "k_mean": channels, "k_factor": channels, "q_factor": channels,
+        "k_mean": channels, "k_factor": channels, "k_addend": channels, "q_factor": channels,
         "v_mean": channels, "v_inverse": channels, "v_scale": channels,
         "k_scale_max": ((heads_kv,), np.float32),
         "q_codes": ((heads_q, q_tiles, d // width, plan.block_m, width), np.int8),

@@ -360,7 +360,7 @@ def test_statistics_are_those_of_the_sequence(seq, seed):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_rotation_keeps_the_scores(head_dim):
     q, k = np.random.default_rng(0).standard_normal((2, 20, head_dim)).astype(np.float32)
-    rotated = quantize.rotate(q).astype(np.float64) @ quantize.rotate(k).T / head_dim
+    rotated = quantize.rotate(q).astype(np.float64) @ quantize.rotate(k).T / quantize.ROTATION
     np.testing.assert_allclose(rotated, q.astype(np.float64) @ k.T, atol=1e-4)
 
 

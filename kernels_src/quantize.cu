@@ -3,7 +3,7 @@
 //
 // One launch of many small CTAs, of four roles: statistics of K or V, codes of V, of K, and of Q. The CTAs start
 // in order. The statistics of a KV head stand a few heads ahead of its codes, so that the codes rarely wait for
-// them, and still find K and V in the L2 cache. Of the CTAs that contribute to one result (the means of a head,
+// them. Of the CTAs that contribute to one result (the means of a head,
 // its `v_offset`), the one that arrives last finishes it (`progress.cuh`).
 //
 // Compiled with: HEAD_DIM, BLOCK_M, BLOCK_N, V_F16, V_MAX, ROW_SUM_ROWS (above 0 for `wgmma` alone),
@@ -89,7 +89,7 @@ struct Shared {
     union {
         struct {  // of Q and K
             Factors factor, addend;
-            float warp_amax[PASSES][WARPS];
+            float warp_amax[2][PASSES][WARPS];
         };
         unsigned lost[WARPS][64];  // of V: what the codes of the warp's channels lost
     };
@@ -228,14 +228,14 @@ template <class Pass> __device__ __forceinline__ void copy_rows(Pass& pass, cons
 // Rows first_row ... first_row + Q_CTA_ROWS - 1 of one head of Q, as far as there are; rows from seq_q on are 0.
 // codes: [row block][panel][BLOCK_M][PANEL]; scale (q_scale), mean_dot: [padded_rows].
 __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int seq_q, int padded_rows,
-                                           int first_row, const unsigned& statistics, const float* k_mean,
+                                           int first_row, const unsigned& statistics, int done, const float* k_mean,
                                            const float* q_factor, signed char* codes, float* scale,
                                            float* mean_dot, float softmax_scale) {
     const auto copy_pass = [&](int pass) {
         copy_rows(shared.passes[pass], rows, first_row + pass * PASS_ROWS + threadIdx.x / 32 * WARP_ROWS, seq_q);
     };
     copy_pass(0);
-    wait(statistics, STATISTICS_DONE);
+    wait(statistics, done);
     shared.factor.copy(q_factor);
     if (WITH_MEAN_DOT) shared.addend.copy(k_mean);
     cp_async_commit();
@@ -292,10 +292,11 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
     }
 }
 
-// Part number `part` of a tile of K: K_PASSES * PASS_GROUPS key groups.
+// Part number `part` of a tile of K: K_PASSES * PASS_GROUPS key groups. A pass whose result is not finite is repeated
+// without the elements that are not.
 // codes: [panel][BLOCK_N][PANEL], rows in column order; scale: [KEY_GROUPS]; scale_max: of the head, 0 at first.
 __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int seq_kv, int tile, int part,
-                                           const unsigned& statistics, const float* k_factor, const float* k_addend,
+                                           const unsigned& statistics, int done, const float* k_factor, const float* k_addend,
                                            signed char* codes, float* scale, float* scale_max) {
     const int warp = threadIdx.x / 32, group_0 = part * (K_PASSES * PASS_GROUPS) + warp / GROUP_WARPS;
     const int place = warp % GROUP_WARPS * WARP_ROWS + warp_row();  // in the group
@@ -307,7 +308,7 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
                   min(group_key + GROUP_KEYS, seq_kv));
     };
     copy_pass(0);
-    const bool special = wait(statistics, STATISTICS_DONE);
+    wait(statistics, done);
     shared.factor.copy(k_factor);
     shared.addend.copy(k_addend);
     cp_async_commit();
@@ -323,37 +324,41 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
             __syncwarp();
         }
         auto& row = shared.passes[pass].of_warp[warp].rows[warp_row()];
-        if (special) {
-#pragma unroll 1
-            for (int vector = row_thread(); vector < VECTORS; vector += ROW_THREADS) row[vector] = finite(row[vector]);
-            __syncwarp();
-        }
+        const bool exists = in_group && key_0 + pass * (PASS_GROUPS * GROUP_KEYS) < seq_kv;
         RowValues x;
-        load_row(x, row, [&](float (&y)[8], int vector, int) {
-            float factor[8], addend[8];
-            shared.factor.load(vector, factor);
-            shared.addend.load(vector, addend);
+        float amax;
+#pragma unroll 1
+        for (int attempt = 0;; ++attempt) {
+            load_row(x, row, [&](float (&y)[8], int vector, int) {
+                float factor[8], addend[8];
+                shared.factor.load(vector, factor);
+                shared.addend.load(vector, addend);
 #pragma unroll
-            for (int d = 0; d < 8; ++d) y[d] = __fmaf_rn(y[d], factor[d], addend[d]);
-        });
-        // keys that do not exist do not raise amax
-        if (GROUP_KEYS % (GROUP_WARPS * WARP_ROWS) != 0 || (tile + 1) * BLOCK_N > seq_kv) {
-            if (!in_group || key_0 + pass * (PASS_GROUPS * GROUP_KEYS) >= seq_kv) {
+                for (int d = 0; d < 8; ++d) y[d] = __fmaf_rn(y[d], factor[d], addend[d]);
+            });
+            if (!exists) {  // does not raise amax
 #pragma unroll
                 for (int b = 0; b < BLOCKS; ++b) {
 #pragma unroll
                     for (int d = 0; d < ROTATION; ++d) x[b][d] = 0.0f;
                 }
             }
-        }
-        rotate(x);
-        float amax = largest_of_lanes(largest(x), 32);
-        if (GROUP_WARPS > 1) {
-            if (threadIdx.x % 32 == 0) shared.warp_amax[pass][warp] = amax;
-            __syncthreads();
-            const float* of_warp = shared.warp_amax[pass] + warp / GROUP_WARPS * GROUP_WARPS;
+            rotate(x);
+            amax = largest_of_lanes(largest(x), 32);
+            bool finite_pass = is_finite(amax);
+            if (GROUP_WARPS > 1) {
+                float* of_warps = shared.warp_amax[attempt][pass];
+                if (threadIdx.x % 32 == 0) of_warps[warp] = amax;
+                __syncthreads();
 #pragma unroll
-            for (int i = 0; i < GROUP_WARPS; ++i) amax = max_or_nan(amax, of_warp[i]);
+                for (int i = 0; i < GROUP_WARPS; ++i)
+                    amax = max_or_nan(amax, of_warps[warp / GROUP_WARPS * GROUP_WARPS + i]);
+#pragma unroll
+                for (int i = 0; i < WARPS; ++i) finite_pass &= is_finite(of_warps[i]);
+            }
+            if (finite_pass || attempt == 1) break;
+            for (int vector = row_thread(); vector < VECTORS; vector += ROW_THREADS) row[vector] = finite(row[vector]);
+            __syncwarp();
         }
         float inverse;
         if (!usual_inverse(amax, inverse)) {
@@ -403,7 +408,7 @@ __device__ __forceinline__ unsigned v_codes_word(const float (&y)[V_KEYS], unsig
 // Part number `part` of a tile of V, V_CHANNELS channels: a warp takes a chunk of 64 channels at a time.
 // codes: [V_CHUNKS][V_ROWS][16 bytes]; lost_out: [HEAD_DIM], in 1 / 65536 of a code (not with FP16 codes).
 __device__ __forceinline__ void quantize_v(Shared& shared, const Rows& rows, int seq_kv, int tile, int part,
-                                           const unsigned& statistics, const float* v_mean, const float* v_inverse,
+                                           const unsigned& statistics, int done, const float* v_mean, const float* v_inverse,
                                            unsigned char* codes, unsigned* lost_out) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first_channel = part * V_CHANNELS + warp % V_WIDTH * 64;
@@ -423,7 +428,7 @@ __device__ __forceinline__ void quantize_v(Shared& shared, const Rows& rows, int
         cp_async_commit();
     };
     copy_step(0);
-    const bool special = wait(statistics, STATISTICS_DONE), whole = (tile + 1) * BLOCK_N <= seq_kv;
+    const bool special = wait(statistics, done), whole = (tile + 1) * BLOCK_N <= seq_kv;
     const int channel = first_channel + 2 * lane;
     const float2 mean = __ldcg(reinterpret_cast<const float2*>(v_mean + channel));
     const float2 inverse = __ldcg(reinterpret_cast<const float2*>(v_inverse + channel));
@@ -539,10 +544,10 @@ __device__ __forceinline__ void finish_v_offset(Shared& shared, const unsigned* 
 
 // ---- the kernel --------------------------------------------------------------------------------
 
-// A KV head of the batch has 2 * SUM_CHUNKS CTAs for its statistics (K, then V) and `code_ctas` for its codes:
-// V_CTAS a tile of V, K_CTAS a tile of K, q_ctas a query head that uses it. In the grid, the statistics of the first
-// `lead` heads come first; then, in rounds, the statistics of head `round + lead` and the codes of head `round`;
-// then the codes of the last `lead` heads.
+// A KV head of the batch has a CTA for each chunk of its statistics (K, then V), V_CTAS a tile for the codes of V and
+// K_CTAS a tile for those of K. In the grid, the statistics of the first `lead` heads come first; then, in rounds, the
+// statistics of head `round + lead` and the codes of head `round`; then the codes of the last `lead` heads; and last, for
+// all heads, the codes of Q, q_ctas a query head.
 //
 // Strides are in elements. The arrays between `progress` and `v_offset` are those of `_workspace` in
 // sagepp/launch.py, which says their shapes; `progress` is 0 at the start, the others are not initialised.
@@ -556,70 +561,76 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
     float* k_scale_max, unsigned char* v_codes, unsigned* lost, float* v_offset, int batch, int num_heads_q,
     int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale, int lead) {
     __shared__ __align__(16) Shared shared;
-    constexpr unsigned STATISTICS_CTAS = 2 * SUM_CHUNKS;
+    const Keys keys_k(seq_kv, false), keys_v(seq_kv, true);
+    const unsigned k_chunks = keys_k.num_chunks(), statistics_ctas = k_chunks + keys_v.num_chunks();
     const int num_tiles = ceil_div(seq_kv, BLOCK_N), padded_rows = ceil_div(seq_q, BLOCK_M) * BLOCK_M;
-    const unsigned q_ctas = ceil_div(padded_rows, Q_CTA_ROWS), k_ctas = num_tiles * K_CTAS;
-    const unsigned v_ctas = num_tiles * V_CTAS, code_ctas = v_ctas + k_ctas + group * q_ctas;
+    const unsigned k_ctas = num_tiles * K_CTAS, v_ctas = num_tiles * V_CTAS, code_ctas = v_ctas + k_ctas;
+    const unsigned q_ctas = ceil_div(padded_rows, Q_CTA_ROWS), heads = batch * num_heads_kv;
 
-    // Becomes the number of the CTA among the statistics CTAs, or among the code CTAs, of `head`.
-    unsigned index = blockIdx.x;
-    int head = 0;
-    bool is_statistics = index < lead * STATISTICS_CTAS;
+    // Becomes the number of the CTA among those of its kind of `head`.
+    unsigned index = blockIdx.x, head = 0;
+    bool is_statistics = index < lead * statistics_ctas;
+    const bool is_q = index >= heads * (statistics_ctas + code_ctas);
     if (is_statistics) {
-        head = index / STATISTICS_CTAS, index %= STATISTICS_CTAS;
+        head = index / statistics_ctas, index %= statistics_ctas;
+    } else if (is_q) {
+        index -= heads * (statistics_ctas + code_ctas);
+        head = index / (group * q_ctas), index %= group * q_ctas;
     } else {
-        index -= lead * STATISTICS_CTAS;
-        const int rounds = batch * num_heads_kv - lead;
-        const bool in_rounds = index < rounds * (STATISTICS_CTAS + code_ctas);
-        const unsigned round_ctas = in_rounds ? STATISTICS_CTAS + code_ctas : code_ctas;
-        if (!in_rounds) index -= rounds * (STATISTICS_CTAS + code_ctas), head = rounds;
+        index -= lead * statistics_ctas;
+        const unsigned rounds = heads - lead;
+        const bool in_rounds = index < rounds * (statistics_ctas + code_ctas);
+        const unsigned round_ctas = in_rounds ? statistics_ctas + code_ctas : code_ctas;
+        if (!in_rounds) index -= rounds * (statistics_ctas + code_ctas), head = rounds;
         head += index / round_ctas, index %= round_ctas;
-        is_statistics = in_rounds && index < STATISTICS_CTAS;
+        is_statistics = in_rounds && index < statistics_ctas;
         if (is_statistics) head += lead;
-        else if (in_rounds) index -= STATISTICS_CTAS;
+        else if (in_rounds) index -= statistics_ctas;
     }
     const int b = head / num_heads_kv, h = head % num_heads_kv;
     const long long channels = static_cast<long long>(head) * HEAD_DIM;
     Progress& done = progress[head];
 
     if (is_statistics) {
-        const int is_v = index / SUM_CHUNKS, chunk = index % SUM_CHUNKS;
+        const bool is_v = index >= k_chunks;
+        const Keys keys(seq_kv, is_v);
         const Rows rows = is_v ? Rows(v, b, h, v_stride_b, v_stride_h, v_stride_s, head_dim)
                                : Rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
+        const int chunk = is_v ? index - k_chunks : index;
         chunks += (2LL * head + is_v) * SUM_CHUNKS;
-        const bool special = chunk_statistics(rows, seq_kv, chunk, shared.statistics, chunks[chunk]);
-        if (arrive(done.statistics[is_v], special ? SPECIAL + 1 : 1) % SPECIAL != SUM_CHUNKS - 1) return;
+        const bool special = chunk_statistics(rows, keys, chunk, shared.statistics, chunks[chunk]);
+        if (arrive(done.statistics[is_v], special ? SPECIAL + 1 : 1) % SPECIAL != keys.num_chunks() - 1) return;
         if (is_v) {
-            finish_v(chunks, seq_kv, v_mean + channels, v_inverse + channels, v_scale + channels);
+            finish_v(chunks, keys, v_mean + channels, v_inverse + channels, v_scale + channels);
         } else {
-            finish_k(chunks, seq_kv, k_mean + channels, k_factor + channels, k_addend + channels, q_factor + channels);
+            finish_k(chunks, keys, k_mean + channels, k_factor + channels, k_addend + channels, q_factor + channels);
             k_scale_max[head] = 0.0f;
         }
         arrive(done.statistics[is_v], 1);
+    } else if (is_q) {
+        const int q_head = h * group + index / q_ctas;
+        const Rows rows(q, b, q_head, q_stride_b, q_stride_h, q_stride_s, head_dim);
+        const long long row = (static_cast<long long>(b) * num_heads_q + q_head) * padded_rows;
+        quantize_q(shared, rows, seq_q, padded_rows, index % q_ctas * Q_CTA_ROWS, done.statistics[0], keys_k.done(),
+                   k_mean + channels, q_factor + channels, q_codes + row * HEAD_DIM, q_scale + row, q_mean_dot + row,
+                   softmax_scale);
     } else if (index < v_ctas) {
         const Rows rows(v, b, h, v_stride_b, v_stride_h, v_stride_s, head_dim);
         const int part = index % V_CTAS;
         index /= V_CTAS;
         const long long tile = static_cast<long long>(head) * num_tiles + index;
-        quantize_v(shared, rows, seq_kv, index, part, done.statistics[1], v_mean + channels, v_inverse + channels,
+        quantize_v(shared, rows, seq_kv, index, part, done.statistics[1], keys_v.done(), v_mean + channels, v_inverse + channels,
                    v_codes + tile * (V_CHUNKS * V_ROWS * 16), lost + tile * HEAD_DIM);
         if (arrive(done.v_tiles, 1) == v_ctas - 1)
             finish_v_offset(shared, lost + num_tiles * channels, num_tiles, seq_kv, v_mean + channels,
                             v_scale + channels, v_offset + (num_tiles + 1) * channels);
-    } else if (index -= v_ctas; index < k_ctas) {
+    } else {
+        index -= v_ctas;
         const Rows rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
         const int part = index % K_CTAS;
         index /= K_CTAS;
         const long long tile = static_cast<long long>(head) * num_tiles + index;
-        quantize_k(shared, rows, seq_kv, index, part, done.statistics[0], k_factor + channels, k_addend + channels,
+        quantize_k(shared, rows, seq_kv, index, part, done.statistics[0], keys_k.done(), k_factor + channels, k_addend + channels,
                    k_codes + tile * (BLOCK_N * HEAD_DIM), k_scale + tile * KEY_GROUPS, k_scale_max + head);
-    } else {
-        index -= k_ctas;
-        const int q_head = h * group + index / q_ctas;
-        const Rows rows(q, b, q_head, q_stride_b, q_stride_h, q_stride_s, head_dim);
-        const long long row = (static_cast<long long>(b) * num_heads_q + q_head) * padded_rows;
-        quantize_q(shared, rows, seq_q, padded_rows, index % q_ctas * Q_CTA_ROWS, done.statistics[0],
-                   k_mean + channels, q_factor + channels, q_codes + row * HEAD_DIM, q_scale + row,
-                   q_mean_dot + row, softmax_scale);
     }
 }

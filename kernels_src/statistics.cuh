@@ -4,12 +4,35 @@
 #include "progress.cuh"
 #include "rows.cuh"
 
-constexpr int SUM_CHUNKS = 16, SUM_LANES = 16;  // docs/numerics.md: C, and the lanes of a chunk
+// docs/numerics.md: the largest number of chunks, the lanes of a chunk, and the keys of the smallest chunk
+constexpr int SUM_CHUNKS = 16, SUM_LANES = 16, MIN_CHUNK_KEYS = 64;
+// From SAMPLED_FROM keys on, SAMPLE consecutive ones of every SAMPLE_OF stand for all keys of K.
+constexpr int SAMPLED_FROM = 1024, SAMPLE_OF = 128, SAMPLE = 16;
 // A CTA takes a chunk. Its threads share STATISTICS_ROWS rows (keys) at a time, STATISTICS_THREADS a row; thread
 // row r adds the THREAD_LANES lanes r, r + STATISTICS_ROWS, ... of 8 channels.
 constexpr int STATISTICS_THREADS = HEAD_DIM / 8, STATISTICS_ROWS = THREADS / STATISTICS_THREADS;
 constexpr int THREAD_LANES = SUM_LANES / STATISTICS_ROWS;
-constexpr int STATISTICS_DONE = SUM_CHUNKS + 1;  // arrivals: of every chunk, then of what follows from them
+
+// The keys that statistics are made of: all of V, some of K.
+struct Keys {
+    int count;
+    bool sampled;
+
+    __device__ __forceinline__ Keys(int seq_kv, bool is_v) : count(seq_kv), sampled(!is_v && seq_kv >= SAMPLED_FROM) {
+        if (sampled) count = seq_kv / SAMPLE_OF * SAMPLE;
+    }
+    __device__ __forceinline__ int operator[](int i) const {
+        if (!sampled) return i;
+        const int block = i / SAMPLE;
+        return block * SAMPLE_OF + 5 * block % (SAMPLE_OF / SAMPLE) * SAMPLE + i % SAMPLE;
+    }
+    __device__ __forceinline__ int chunk_keys() const {
+        return max(MIN_CHUNK_KEYS, SUM_LANES * ceil_div(count, SUM_CHUNKS * SUM_LANES));
+    }
+    __device__ __forceinline__ int num_chunks() const { return ceil_div(count, chunk_keys()); }
+    // Arrivals: of every chunk, then of what follows from them.
+    __device__ __forceinline__ int done() const { return num_chunks() + 1; }
+};
 
 // Keys on their way to the thread that adds them, KEYS a batch, BATCHES under way. A thread reads only what it
 // has copied itself: no barrier.
@@ -51,18 +74,16 @@ struct Statistics {
         }
     }
 
-    // Adds keys `key, key + STATISTICS_ROWS, ...` below `end`, in this order, 8 channels from `channel` on.
+    // Adds keys number `key, key + STATISTICS_ROWS, ...` below `end`, in this order, 8 channels from `channel` on.
     // SPECIALS: NaN and infinities count as 0.
     template <bool SPECIALS>
-    __device__ __forceinline__ void add_keys(StatisticsRing& ring, const Rows& rows, int channel, int key,
-                                             int end) {
-        const Half* p = rows.at(key, channel);
-        const long long step = STATISTICS_ROWS * rows.stride;
+    __device__ __forceinline__ void add_keys(StatisticsRing& ring, const Rows& rows, const Keys& keys, int channel,
+                                             int key, int end) {
         int copied = key;
         const auto copy = [&](StatisticsRing::Batch& batch) {
 #pragma unroll
-            for (int i = 0; i < StatisticsRing::KEYS; ++i, p += step, copied += STATISTICS_ROWS)
-                rows.copy(&batch[i][threadIdx.x], p, channel, copied < end);
+            for (int i = 0; i < StatisticsRing::KEYS; ++i, copied += STATISTICS_ROWS)
+                rows.copy(&batch[i][threadIdx.x], rows.at(keys[copied], channel), channel, copied < end);
             cp_async_commit();
         };
 #pragma unroll
@@ -127,19 +148,18 @@ union StatisticsShared {
     };
 };
 
-// Chunk number `chunk` of SUM_CHUNKS, perhaps empty. Returns, to all threads, whether there is a NaN or an
+// Chunk number `chunk` of the keys. Returns, to all threads, whether there is a NaN or an
 // infinity; a thread that meets one adds its keys again, without it.
-__device__ __forceinline__ bool chunk_statistics(const Rows& rows, int seq_kv, int chunk, StatisticsShared& shared,
+__device__ __forceinline__ bool chunk_statistics(const Rows& rows, const Keys& keys, int chunk, StatisticsShared& shared,
                                                  ChunkStatistics& out) {
     const int row = threadIdx.x / STATISTICS_THREADS, channel = threadIdx.x % STATISTICS_THREADS * 8;
-    const int chunk_keys = SUM_LANES * ceil_div(seq_kv, SUM_CHUNKS * SUM_LANES);
-    const int begin = chunk * chunk_keys + row, end = min((chunk + 1) * chunk_keys, seq_kv);
+    const int begin = chunk * keys.chunk_keys() + row, end = min((chunk + 1) * keys.chunk_keys(), keys.count);
     Statistics s;
-    s.add_keys<false>(shared.ring, rows, channel, begin, end);
+    s.add_keys<false>(shared.ring, rows, keys, channel, begin, end);
     const bool special = s.special();
     if (special) {
         s = Statistics();
-        s.add_keys<true>(shared.ring, rows, channel, begin, end);
+        s.add_keys<true>(shared.ring, rows, keys, channel, begin, end);
     }
 
     float of_thread[8];
@@ -176,16 +196,18 @@ __device__ __forceinline__ bool chunk_statistics(const Rows& rows, int seq_kv, i
     return special_chunk;
 }
 
-// Of one channel, from the SUM_CHUNKS chunks of its head, which other CTAs have written: past L1.
-__device__ __forceinline__ void mean_and_spread(const ChunkStatistics* chunks, int channel, int seq_kv,
+// Of one channel, from the chunks of its head, which other CTAs have written: past L1.
+__device__ __forceinline__ void mean_and_spread(const ChunkStatistics* chunks, int channel, const Keys& keys,
                                                 bool subtract_mean, float& mean, float& spread) {
     float sums[SUM_CHUNKS], sum = 0.0f;
     unsigned minima[SUM_CHUNKS], maxima[SUM_CHUNKS];
 #pragma unroll
     for (int chunk = 0; chunk < SUM_CHUNKS; ++chunk) {
-        sums[chunk] = __ldcg(chunks[chunk].sum + channel);
-        minima[chunk] = __ldcg(chunks[chunk].minimum + channel / 2);
-        maxima[chunk] = __ldcg(chunks[chunk].maximum + channel / 2);
+        const bool exists = chunk < keys.num_chunks();
+        const ChunkStatistics& s = chunks[exists ? chunk : 0];
+        sums[chunk] = exists ? __ldcg(s.sum + channel) : 0.0f;
+        minima[chunk] = __ldcg(s.minimum + channel / 2);
+        maxima[chunk] = __ldcg(s.maximum + channel / 2);
     }
 #pragma unroll
     for (int chunk = 0; chunk < SUM_CHUNKS; ++chunk) {
@@ -195,7 +217,7 @@ __device__ __forceinline__ void mean_and_spread(const ChunkStatistics* chunks, i
     }
     const float2 low = widen(minima[0]), high = widen(maxima[0]);
     const float minimum = channel % 2 ? low.y : low.x, maximum = channel % 2 ? high.y : high.x;
-    mean = subtract_mean ? __fdiv_rn(sum, __int2float_rn(seq_kv)) : 0.0f;
+    mean = subtract_mean ? __fdiv_rn(sum, __int2float_rn(keys.count)) : 0.0f;
     spread = max_or_nan(__fsub_rn(maximum, mean), __fsub_rn(mean, minimum));
     if (!is_finite(spread)) mean = 0.0f, spread = fmaxf(maximum, -minimum);
 }
@@ -208,11 +230,11 @@ __device__ __forceinline__ bool rotation_sign(unsigned channel) {
 
 // What quantisation needs to know of each channel; arrays of HEAD_DIM. The factors of Q and K are the balance, and
 // its reciprocal, with the sign of the rotation; `k_addend` subtracts K's mean.
-__device__ __forceinline__ void finish_k(const ChunkStatistics* chunks, int seq_kv, float* k_mean, float* k_factor,
+__device__ __forceinline__ void finish_k(const ChunkStatistics* chunks, const Keys& keys, float* k_mean, float* k_factor,
                                          float* k_addend, float* q_factor) {
     for_each_channel([&](int channel) {
         float mean, spread;
-        mean_and_spread(chunks, channel, seq_kv, SMOOTH_K, mean, spread);
+        mean_and_spread(chunks, channel, keys, SMOOTH_K, mean, spread);
         const float balance = spread > 0.0f ? __fsqrt_rn(spread) : 1.0f;
         const float sign = rotation_sign(channel) ? -1.0f : 1.0f;
         const float factor = __fmul_rn(sign, __fdiv_rn(1.0f, balance));
@@ -223,11 +245,11 @@ __device__ __forceinline__ void finish_k(const ChunkStatistics* chunks, int seq_
     });
 }
 
-__device__ __forceinline__ void finish_v(const ChunkStatistics* chunks, int seq_kv, float* v_mean,
+__device__ __forceinline__ void finish_v(const ChunkStatistics* chunks, const Keys& keys, float* v_mean,
                                          float* v_inverse, float* v_scale) {
     for_each_channel([&](int channel) {
         float mean, spread;
-        mean_and_spread(chunks, channel, seq_kv, true, mean, spread);
+        mean_and_spread(chunks, channel, keys, true, mean, spread);
         const float inverse = __fdiv_rn(V_MAX, spread);
         v_mean[channel] = mean;
         v_inverse[channel] = is_finite(inverse) ? inverse : 0.0f;

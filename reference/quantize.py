@@ -13,7 +13,8 @@ import numpy as np
 from . import formats
 
 INT8_MAX = np.float32(127)
-SUM_CHUNKS, SUM_LANES = 16, 16
+SUM_CHUNKS, SUM_LANES, MIN_CHUNK_KEYS = 16, 16, 64
+SAMPLED_FROM, SAMPLE_OF, SAMPLE = 1024, 128, 16  # of K, 16 keys of every 128 give the statistics
 KEY_GROUPS = 4  # scales of K a tile: one for each thread of a quad
 ROTATION = 16  # channels of Q and K that are rotated together
 LOST_UNIT = np.float32(65536)
@@ -21,11 +22,12 @@ LOST_UNIT = np.float32(65536)
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one tensor, per channel (..., head_dim): FP32 extremes and sum over the sequence."""
+    """Of one tensor, per channel (..., head_dim): FP32 extremes and sum over `count` keys."""
 
     minimum: np.ndarray
     maximum: np.ndarray
     total: np.ndarray
+    count: int
 
 
 @dataclass(frozen=True)
@@ -109,35 +111,44 @@ def in_tiles(x, block_n):
 # ---------------------------------------------------------------------------- 1. statistics
 
 
+def sampled_keys(seq_kv):
+    """The keys that the statistics of K are made of."""
+    if seq_kv < SAMPLED_FROM:
+        return np.arange(seq_kv)
+    block = np.arange(seq_kv // SAMPLE_OF)[:, None]
+    return (block * SAMPLE_OF + 5 * block % (SAMPLE_OF // SAMPLE) * SAMPLE + np.arange(SAMPLE)).reshape(-1)
+
+
 def statistics(x):
     """Extremes and ordered sum over the sequence of finite float32 (..., seq_len, head_dim)."""
     *lead, seq_len, head_dim = x.shape
-    steps = -(-seq_len // (SUM_CHUNKS * SUM_LANES))
-    padding = [(0, 0)] * len(lead) + [(0, SUM_CHUNKS * steps * SUM_LANES - seq_len), (0, 0)]
-    lanes = np.pad(x, padding).reshape(*lead, SUM_CHUNKS, steps, SUM_LANES, head_dim)
-    partial = np.zeros((*lead, SUM_CHUNKS, SUM_LANES, head_dim), np.float32)
+    chunk_keys = max(MIN_CHUNK_KEYS, SUM_LANES * -(-seq_len // (SUM_CHUNKS * SUM_LANES)))
+    chunks = -(-seq_len // chunk_keys)
+    padding = [(0, 0)] * len(lead) + [(0, chunks * chunk_keys - seq_len), (0, 0)]
+    lanes = np.pad(x, padding).reshape(*lead, chunks, chunk_keys // SUM_LANES, SUM_LANES, head_dim)
+    partial = np.zeros((*lead, chunks, SUM_LANES, head_dim), np.float32)
     total = np.zeros((*lead, head_dim), np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        for step in range(steps):
+        for step in range(lanes.shape[-3]):
             partial = partial + lanes[..., step, :, :]
         for half in (8, 4, 2, 1):
             partial = partial[..., :half, :] + partial[..., half:, :]
-        for chunk in range(SUM_CHUNKS):
+        for chunk in range(chunks):
             total = total + partial[..., chunk, 0, :]
-    return Statistics(x.min(axis=-2), x.max(axis=-2), total)
+    return Statistics(x.min(axis=-2), x.max(axis=-2), total, seq_len)
 
 
-def finish_statistics(k, v, seq_kv, smooth_k=True):
-    """`Channels` from the `Statistics` of K and V."""
-    k_mean, k_spread = _mean_and_spread(k, seq_kv, smooth_k)
-    v_mean, v_spread = _mean_and_spread(v, seq_kv, True)
+def channels_of(k, v, smooth_k=True):
+    """`Channels` of finite float32 K and V (..., seq_kv, head_dim)."""
+    k_mean, k_spread = _mean_and_spread(statistics(k[..., sampled_keys(k.shape[-2]), :]), smooth_k)
+    v_mean, v_spread = _mean_and_spread(statistics(v), True)
     balance = np.where(k_spread > 0, np.sqrt(k_spread), np.float32(1))
     return Channels(k_mean, balance, v_mean, v_spread)
 
 
-def _mean_and_spread(x, seq_kv, subtract_mean):
+def _mean_and_spread(x, subtract_mean):
     with np.errstate(over="ignore", invalid="ignore"):
-        mean = x.total / np.float32(seq_kv) if subtract_mean else np.zeros_like(x.total)
+        mean = x.total / np.float32(x.count) if subtract_mean else np.zeros_like(x.total)
         spread = np.maximum(x.maximum - mean, mean - x.minimum)
     overflowed = ~np.isfinite(spread)
     mean = np.where(overflowed, np.float32(0), mean)

@@ -26,13 +26,11 @@ from . import jit
 from .plan import Plan, head_dims, kernels, make_plan
 
 # As in `kernels_src/quantize.cu` and `statistics.cuh`.
-SUM_CHUNKS = 16  #: partial sums of K and V a head (docs/numerics.md, section 1)
+SUM_CHUNKS = 16  #: partial sums of K and V a head, at most (docs/numerics.md, section 1)
 KEY_GROUPS = 4  #: scales of K a tile
 ROTATION = 16  #: channels of Q and K that are rotated together
 MAX_GRID_YZ = 65535  #: of CUDA, CTAs along y and z
 QUANTIZE_WARPS = 4  #: of a CTA of `quantize`
-
-STATISTICS_LEAD = 5  #: KV heads that the statistics in `quantize` are ahead of the codes, at least
 
 #: Kernel -> its parameters, in order. Names of arrays in the workspace are those of `_workspace`.
 _PARAMETERS = {
@@ -214,15 +212,20 @@ def _ctas_an_sm(plan: Plan) -> int:
 def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, int]:
     """CTAs of `quantize`, and by how many KV heads its statistics are ahead of its codes.
 
-    The CTAs of so many heads fill the GPU twice: the statistics are then ready before the codes start. More would
-    be worse: K and V should be in the L2 cache still.
+    So many heads that their CTAs fill the GPU: the statistics are then ready before the codes start.
     """
     g = geometry
-    q_ctas = g.num_heads_q // g.num_heads_kv * -(-_align(g.seq_q, plan.block_m) // _q_cta_rows(plan))
-    head_ctas = 2 * SUM_CHUNKS + -(-g.seq_kv // plan.block_n) * _kv_ctas(plan) + q_ctas
     heads_kv = g.batch * g.num_heads_kv
-    lead = max(STATISTICS_LEAD, -(-2 * _ctas_an_sm(plan) * num_sms // head_ctas))
-    return heads_kv * head_ctas, min(heads_kv, lead)
+    kv_ctas = _statistics_ctas(g.seq_kv) + -(-g.seq_kv // plan.block_n) * _kv_ctas(plan)
+    q_ctas = -(-_align(g.seq_q, plan.block_m) // _q_cta_rows(plan))
+    lead = max(8, math.ceil(1.2 * _ctas_an_sm(plan) * num_sms / kv_ctas))
+    return heads_kv * kv_ctas + g.batch * g.num_heads_q * q_ctas, min(heads_kv, lead)
+
+
+def _statistics_ctas(seq_kv: int) -> int:
+    """Chunks of the statistics of K and V: `Keys::num_chunks` of statistics.cuh."""
+    counts = (seq_kv if seq_kv < 1024 else seq_kv // 128 * 16, seq_kv)
+    return sum(-(-count // max(64, 16 * -(-count // (16 * SUM_CHUNKS)))) for count in counts)
 
 
 def _align(n: int, to: int = 256) -> int:

@@ -348,13 +348,22 @@ def test_inputs_that_drive_the_fp16_accumulator_to_its_limit(plan, seed, dtype, 
 
 
 @settings(max_examples=10)
-@given(seq=st.integers(1, 700), seed=st.integers(0, 99))
+@given(seq=st.integers(1, 3000), seed=st.integers(0, 99))
 def test_statistics_are_those_of_the_sequence(seq, seed):
     x = np.random.default_rng(seed).standard_normal((2, seq, 8)).astype(np.float32)
     s = quantize.statistics(x)
     np.testing.assert_array_equal(s.minimum, x.min(axis=1))
     np.testing.assert_array_equal(s.maximum, x.max(axis=1))
     np.testing.assert_allclose(s.total, x.astype(np.float64).sum(axis=1), atol=1e-4)
+
+
+@given(seq=st.integers(1, 5000))
+def test_the_sample_of_k_is_spread_over_the_sequence(seq):
+    keys = quantize.sampled_keys(seq)
+    assert len(set(keys)) == len(keys) == (seq if seq < 1024 else seq // 128 * 16)
+    assert 0 <= keys.min() and keys.max() < seq
+    if seq >= 1024:  # every place in a block of 128 has its turn within 8 blocks
+        assert len(set(keys[:128] % 128)) == 128
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -372,8 +381,7 @@ def test_rotation_signs_are_balanced(head_dim):
 def _quantized(plan, seq_q=200, seq_kv=150):
     problem = Problem(batch=1, heads_kv=2, seq_q=seq_q, seq_kv=seq_kv, head_dim=plan.head_dim - 3)
     q, k, v = (x[0] for x in problem.arrays())
-    channels = quantize.finish_statistics(
-        *(quantize.statistics(quantize.widen(x, plan.head_dim)) for x in (k, v)), seq_kv)
+    channels = quantize.channels_of(*(quantize.widen(x, plan.head_dim) for x in (k, v)))
     return (quantize.quantize_q(q, channels, 0.125, plan), quantize.quantize_k(k, channels, plan),
             quantize.quantize_v(v, channels, plan)), (q, k, v), channels
 

@@ -325,6 +325,7 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
         }
         auto& row = shared.passes[pass].of_warp[warp].rows[warp_row()];
         const bool exists = in_group && key_0 + pass * (PASS_GROUPS * GROUP_KEYS) < seq_kv;
+        const bool all_exist = GROUP_KEYS % (GROUP_WARPS * WARP_ROWS) == 0 && (tile + 1) * BLOCK_N <= seq_kv;
         RowValues x;
         float amax;
 #pragma unroll 1
@@ -336,7 +337,7 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
 #pragma unroll
                 for (int d = 0; d < 8; ++d) y[d] = __fmaf_rn(y[d], factor[d], addend[d]);
             });
-            if (!exists) {  // does not raise amax
+            if (!all_exist && !exists) {  // does not raise amax
 #pragma unroll
                 for (int b = 0; b < BLOCKS; ++b) {
 #pragma unroll
@@ -562,7 +563,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
     int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale, int lead) {
     __shared__ __align__(16) Shared shared;
     const Keys keys_k(seq_kv, false), keys_v(seq_kv, true);
-    const unsigned k_chunks = keys_k.num_chunks(), statistics_ctas = k_chunks + keys_v.num_chunks();
+    const unsigned k_chunks = keys_k.chunks, statistics_ctas = k_chunks + keys_v.chunks;
     const int num_tiles = ceil_div(seq_kv, BLOCK_N), padded_rows = ceil_div(seq_q, BLOCK_M) * BLOCK_M;
     const unsigned k_ctas = num_tiles * K_CTAS, v_ctas = num_tiles * V_CTAS, code_ctas = v_ctas + k_ctas;
     const unsigned q_ctas = ceil_div(padded_rows, Q_CTA_ROWS), heads = batch * num_heads_kv;
@@ -599,7 +600,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
         const int chunk = is_v ? index - k_chunks : index;
         chunks += (2LL * head + is_v) * SUM_CHUNKS;
         const bool special = chunk_statistics(rows, keys, chunk, shared.statistics, chunks[chunk]);
-        if (arrive(done.statistics[is_v], special ? SPECIAL + 1 : 1) % SPECIAL != keys.num_chunks() - 1) return;
+        if (arrive(done.statistics[is_v], special ? SPECIAL + 1 : 1) % SPECIAL != keys.chunks - 1) return;
         if (is_v) {
             finish_v(chunks, keys, v_mean + channels, v_inverse + channels, v_scale + channels);
         } else {

@@ -5,33 +5,33 @@
 #include "rows.cuh"
 
 // docs/numerics.md: the largest number of chunks, the lanes of a chunk, and the keys of the smallest chunk
-constexpr int SUM_CHUNKS = 16, SUM_LANES = 16, MIN_CHUNK_KEYS = 64;
+constexpr int SUM_CHUNKS = 16, SUM_LANES = 16, MIN_CHUNK_KEYS = 256;
 // From SAMPLED_FROM keys on, SAMPLE consecutive ones of every SAMPLE_OF stand for all keys of K.
-constexpr int SAMPLED_FROM = 1024, SAMPLE_OF = 128, SAMPLE = 16;
+constexpr int SAMPLED_FROM = 1024, SAMPLE_OF = 512, SAMPLE = 64;
 // A CTA takes a chunk. Its threads share STATISTICS_ROWS rows (keys) at a time, STATISTICS_THREADS a row; thread
 // row r adds the THREAD_LANES lanes r, r + STATISTICS_ROWS, ... of 8 channels.
 constexpr int STATISTICS_THREADS = HEAD_DIM / 8, STATISTICS_ROWS = THREADS / STATISTICS_THREADS;
 constexpr int THREAD_LANES = SUM_LANES / STATISTICS_ROWS;
 
-// The keys that statistics are made of: all of V, some of K.
+// The keys that statistics are made of: all of V, some of K. Chunk c is those from `c * distance` on, `length` at most.
 struct Keys {
-    int count;
-    bool sampled;
+    int seq_kv, chunks, distance, length;
 
-    __device__ __forceinline__ Keys(int seq_kv, bool is_v) : count(seq_kv), sampled(!is_v && seq_kv >= SAMPLED_FROM) {
-        if (sampled) count = seq_kv / SAMPLE_OF * SAMPLE;
+    __device__ __forceinline__ Keys(int seq_kv, bool is_v) : seq_kv(seq_kv) {
+        if (is_v || seq_kv < SAMPLED_FROM) {
+            length = distance = max(MIN_CHUNK_KEYS, SUM_LANES * ceil_div(seq_kv, SUM_CHUNKS * SUM_LANES));
+            chunks = ceil_div(seq_kv, distance);
+        } else {
+            chunks = min(SUM_CHUNKS, seq_kv / SAMPLE_OF);
+            distance = seq_kv / chunks;
+            length = distance / SAMPLE_OF * SAMPLE;
+        }
     }
-    __device__ __forceinline__ int operator[](int i) const {
-        if (!sampled) return i;
-        const int block = i / SAMPLE;
-        return block * SAMPLE_OF + 5 * block % (SAMPLE_OF / SAMPLE) * SAMPLE + i % SAMPLE;
-    }
-    __device__ __forceinline__ int chunk_keys() const {
-        return max(MIN_CHUNK_KEYS, SUM_LANES * ceil_div(count, SUM_CHUNKS * SUM_LANES));
-    }
-    __device__ __forceinline__ int num_chunks() const { return ceil_div(count, chunk_keys()); }
+    __device__ __forceinline__ int begin(int chunk) const { return chunk * distance; }
+    __device__ __forceinline__ int end(int chunk) const { return min(begin(chunk) + length, seq_kv); }
+    __device__ __forceinline__ int count() const { return length == distance ? seq_kv : chunks * length; }
     // Arrivals: of every chunk, then of what follows from them.
-    __device__ __forceinline__ int done() const { return num_chunks() + 1; }
+    __device__ __forceinline__ int done() const { return chunks + 1; }
 };
 
 // Keys on their way to the thread that adds them, KEYS a batch, BATCHES under way. A thread reads only what it
@@ -74,16 +74,18 @@ struct Statistics {
         }
     }
 
-    // Adds keys number `key, key + STATISTICS_ROWS, ...` below `end`, in this order, 8 channels from `channel` on.
+    // Adds keys `key, key + STATISTICS_ROWS, ...` below `end`, in this order, 8 channels from `channel` on.
     // SPECIALS: NaN and infinities count as 0.
     template <bool SPECIALS>
-    __device__ __forceinline__ void add_keys(StatisticsRing& ring, const Rows& rows, const Keys& keys, int channel,
-                                             int key, int end) {
+    __device__ __forceinline__ void add_keys(StatisticsRing& ring, const Rows& rows, int channel, int key,
+                                             int end) {
+        const Half* p = rows.at(key, channel);
+        const long long step = STATISTICS_ROWS * rows.stride;
         int copied = key;
         const auto copy = [&](StatisticsRing::Batch& batch) {
 #pragma unroll
-            for (int i = 0; i < StatisticsRing::KEYS; ++i, copied += STATISTICS_ROWS)
-                rows.copy(&batch[i][threadIdx.x], rows.at(keys[copied], channel), channel, copied < end);
+            for (int i = 0; i < StatisticsRing::KEYS; ++i, p += step, copied += STATISTICS_ROWS)
+                rows.copy(&batch[i][threadIdx.x], p, channel, copied < end);
             cp_async_commit();
         };
 #pragma unroll
@@ -153,13 +155,13 @@ union StatisticsShared {
 __device__ __forceinline__ bool chunk_statistics(const Rows& rows, const Keys& keys, int chunk, StatisticsShared& shared,
                                                  ChunkStatistics& out) {
     const int row = threadIdx.x / STATISTICS_THREADS, channel = threadIdx.x % STATISTICS_THREADS * 8;
-    const int begin = chunk * keys.chunk_keys() + row, end = min((chunk + 1) * keys.chunk_keys(), keys.count);
+    const int begin = keys.begin(chunk) + row, end = keys.end(chunk);
     Statistics s;
-    s.add_keys<false>(shared.ring, rows, keys, channel, begin, end);
+    s.add_keys<false>(shared.ring, rows, channel, begin, end);
     const bool special = s.special();
     if (special) {
         s = Statistics();
-        s.add_keys<true>(shared.ring, rows, keys, channel, begin, end);
+        s.add_keys<true>(shared.ring, rows, channel, begin, end);
     }
 
     float of_thread[8];
@@ -203,7 +205,7 @@ __device__ __forceinline__ void mean_and_spread(const ChunkStatistics* chunks, i
     unsigned minima[SUM_CHUNKS], maxima[SUM_CHUNKS];
 #pragma unroll
     for (int chunk = 0; chunk < SUM_CHUNKS; ++chunk) {
-        const bool exists = chunk < keys.num_chunks();
+        const bool exists = chunk < keys.chunks;
         const ChunkStatistics& s = chunks[exists ? chunk : 0];
         sums[chunk] = exists ? __ldcg(s.sum + channel) : 0.0f;
         minima[chunk] = __ldcg(s.minimum + channel / 2);
@@ -217,7 +219,7 @@ __device__ __forceinline__ void mean_and_spread(const ChunkStatistics* chunks, i
     }
     const float2 low = widen(minima[0]), high = widen(maxima[0]);
     const float minimum = channel % 2 ? low.y : low.x, maximum = channel % 2 ? high.y : high.x;
-    mean = subtract_mean ? __fdiv_rn(sum, __int2float_rn(keys.count)) : 0.0f;
+    mean = subtract_mean ? __fdiv_rn(sum, __int2float_rn(keys.count())) : 0.0f;
     spread = max_or_nan(__fsub_rn(maximum, mean), __fsub_rn(mean, minimum));
     if (!is_finite(spread)) mean = 0.0f, spread = fmaxf(maximum, -minimum);
 }

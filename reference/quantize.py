@@ -13,8 +13,8 @@ import numpy as np
 from . import formats
 
 INT8_MAX = np.float32(127)
-SUM_CHUNKS, SUM_LANES, MIN_CHUNK_KEYS = 16, 16, 64
-SAMPLED_FROM, SAMPLE_OF, SAMPLE = 1024, 128, 16  # of K, 16 keys of every 128 give the statistics
+SUM_CHUNKS, SUM_LANES, MIN_CHUNK_KEYS = 16, 16, 256
+SAMPLED_FROM, SAMPLE_OF, SAMPLE = 1024, 512, 64  # of K, 64 keys of every 512 give the statistics
 KEY_GROUPS = 4  # scales of K a tile: one for each thread of a quad
 ROTATION = 16  # channels of Q and K that are rotated together
 LOST_UNIT = np.float32(65536)
@@ -111,37 +111,52 @@ def in_tiles(x, block_n):
 # ---------------------------------------------------------------------------- 1. statistics
 
 
-def sampled_keys(seq_kv):
-    """The keys that the statistics of K are made of."""
+def chunks_of(x):
+    """The sequence of V, (..., seq_kv, head_dim), in chunks: a list."""
+    seq_kv = x.shape[-2]
+    length = max(MIN_CHUNK_KEYS, SUM_LANES * -(-seq_kv // (SUM_CHUNKS * SUM_LANES)))
+    return [x[..., begin:begin + length, :] for begin in range(0, seq_kv, length)]
+
+
+def sampled_chunks_of(x):
+    """The same of K: what stands for it where it is long."""
+    seq_kv = x.shape[-2]
     if seq_kv < SAMPLED_FROM:
-        return np.arange(seq_kv)
-    block = np.arange(seq_kv // SAMPLE_OF)[:, None]
-    return (block * SAMPLE_OF + 5 * block % (SAMPLE_OF // SAMPLE) * SAMPLE + np.arange(SAMPLE)).reshape(-1)
+        return chunks_of(x)
+    chunks = min(SUM_CHUNKS, seq_kv // SAMPLE_OF)
+    distance = seq_kv // chunks
+    length = distance // SAMPLE_OF * SAMPLE
+    return [x[..., chunk * distance:chunk * distance + length, :] for chunk in range(chunks)]
 
 
-def statistics(x):
-    """Extremes and ordered sum over the sequence of finite float32 (..., seq_len, head_dim)."""
-    *lead, seq_len, head_dim = x.shape
-    chunk_keys = max(MIN_CHUNK_KEYS, SUM_LANES * -(-seq_len // (SUM_CHUNKS * SUM_LANES)))
-    chunks = -(-seq_len // chunk_keys)
-    padding = [(0, 0)] * len(lead) + [(0, chunks * chunk_keys - seq_len), (0, 0)]
-    lanes = np.pad(x, padding).reshape(*lead, chunks, chunk_keys // SUM_LANES, SUM_LANES, head_dim)
-    partial = np.zeros((*lead, chunks, SUM_LANES, head_dim), np.float32)
-    total = np.zeros((*lead, head_dim), np.float32)
+def statistics(chunks):
+    """Extremes and ordered sum over all chunks, finite float32 (..., keys, head_dim) each."""
+    total = np.float32(0)
     with np.errstate(over="ignore", invalid="ignore"):
-        for step in range(lanes.shape[-3]):
-            partial = partial + lanes[..., step, :, :]
-        for half in (8, 4, 2, 1):
-            partial = partial[..., :half, :] + partial[..., half:, :]
-        for chunk in range(chunks):
-            total = total + partial[..., chunk, 0, :]
-    return Statistics(x.min(axis=-2), x.max(axis=-2), total, seq_len)
+        for chunk in chunks:
+            *lead, keys, head_dim = chunk.shape
+            padding = [(0, 0)] * len(lead) + [(0, -keys % SUM_LANES), (0, 0)]
+            lanes = np.pad(chunk, padding).reshape(*lead, -1, SUM_LANES, head_dim)
+            partial = np.zeros((*lead, SUM_LANES, head_dim), np.float32)
+            for step in range(lanes.shape[-3]):
+                partial = partial + lanes[..., step, :, :]
+            total = total + _add_halves(partial)
+    return Statistics(np.min([chunk.min(axis=-2) for chunk in chunks], axis=0),
+                      np.max([chunk.max(axis=-2) for chunk in chunks], axis=0),
+                      total, sum(chunk.shape[-2] for chunk in chunks))
+
+
+def _add_halves(x):
+    """(..., n, head_dim) -> (..., head_dim): the second half is added to the first until one is left."""
+    while (half := x.shape[-2] // 2) > 0:
+        x = x[..., :half, :] + x[..., half:, :]
+    return x[..., 0, :]
 
 
 def channels_of(k, v, smooth_k=True):
     """`Channels` of finite float32 K and V (..., seq_kv, head_dim)."""
-    k_mean, k_spread = _mean_and_spread(statistics(k[..., sampled_keys(k.shape[-2]), :]), smooth_k)
-    v_mean, v_spread = _mean_and_spread(statistics(v), True)
+    k_mean, k_spread = _mean_and_spread(statistics(sampled_chunks_of(k)), smooth_k)
+    v_mean, v_spread = _mean_and_spread(statistics(chunks_of(v)), True)
     balance = np.where(k_spread > 0, np.sqrt(k_spread), np.float32(1))
     return Channels(k_mean, balance, v_mean, v_spread)
 
@@ -215,9 +230,7 @@ def dot_with_mean(q, k_mean):
     partial = np.zeros(q.shape[:-1], np.float32)
     for i in range(ROTATION):
         partial = formats.fma(q[..., i], mean[..., i], partial)
-    while (half := partial.shape[-1] // 2) > 0:
-        partial = partial[..., :half] + partial[..., half:]
-    return partial[..., 0]
+    return _add_halves(partial[..., None])[..., 0]
 
 
 def quantize_k(k, channels, plan, rounded=True):

@@ -223,9 +223,9 @@ def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, i
 
 
 def _statistics_ctas(seq_kv: int) -> int:
-    """Chunks of the statistics of K and V: `Keys::num_chunks` of statistics.cuh."""
-    counts = (seq_kv if seq_kv < 1024 else seq_kv // 128 * 16, seq_kv)
-    return sum(-(-count // max(64, 16 * -(-count // (16 * SUM_CHUNKS)))) for count in counts)
+    """Chunks of the statistics of K and V: `Keys` of statistics.cuh."""
+    of_v = -(-seq_kv // max(256, 16 * -(-seq_kv // (16 * SUM_CHUNKS))))
+    return of_v + (of_v if seq_kv < 1024 else min(SUM_CHUNKS, seq_kv // 512))
 
 
 def _align(n: int, to: int = 256) -> int:

@@ -7,7 +7,7 @@
 // its `v_offset`), the one that arrives last finishes it (`progress.cuh`).
 //
 // Compiled with: HEAD_DIM, BLOCK_M, BLOCK_N, V_F16, V_MAX, ROW_SUM_ROWS (above 0 for `wgmma` alone),
-// ROW_SUM_UNIT, IN_BF16, WITH_MEAN_DOT, SMOOTH_K, ALIGNED (`quantize_defines` in sagepp/launch.py).
+// ROW_SUM_UNIT, SAMPLE_K, IN_BF16, WITH_MEAN_DOT, SMOOTH_K, ALIGNED (`quantize_defines` in sagepp/launch.py).
 
 #include "ptx.cuh"
 #include "statistics.cuh"
@@ -557,8 +557,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
     const Half* q, const Half* k, const Half* v, long long q_stride_b, long long q_stride_h,
     long long q_stride_s, long long k_stride_b, long long k_stride_h, long long k_stride_s,
     long long v_stride_b, long long v_stride_h, long long v_stride_s, Progress* progress,
-    ChunkStatistics* chunks, float* k_mean, float* k_factor, float* k_addend, float* q_factor, float* v_mean, float* v_inverse,
-    float* v_scale, signed char* q_codes, float* q_scale, float* q_mean_dot, signed char* k_codes, float* k_scale,
+    ChunkStatistics* chunks, float* k_mean, float* k_factor, float* k_addend, float* q_factor, float* v_mean,
+    float* v_inverse, float* v_scale, signed char* q_codes, float* q_scale, float* q_mean_dot, signed char* k_codes, float* k_scale,
     float* k_scale_max, unsigned char* v_codes, unsigned* lost, float* v_offset, int batch, int num_heads_q,
     int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale, int lead) {
     __shared__ __align__(16) Shared shared;
@@ -620,8 +620,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
         const int part = index % V_CTAS;
         index /= V_CTAS;
         const long long tile = static_cast<long long>(head) * num_tiles + index;
-        quantize_v(shared, rows, seq_kv, index, part, done.statistics[1], keys_v.done(), v_mean + channels, v_inverse + channels,
-                   v_codes + tile * (V_CHUNKS * V_ROWS * 16), lost + tile * HEAD_DIM);
+        quantize_v(shared, rows, seq_kv, index, part, done.statistics[1], keys_v.done(), v_mean + channels,
+                   v_inverse + channels, v_codes + tile * (V_CHUNKS * V_ROWS * 16), lost + tile * HEAD_DIM);
         if (arrive(done.v_tiles, 1) == v_ctas - 1)
             finish_v_offset(shared, lost + num_tiles * channels, num_tiles, seq_kv, v_mean + channels,
                             v_scale + channels, v_offset + (num_tiles + 1) * channels);
@@ -631,7 +631,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
         const int part = index % K_CTAS;
         index /= K_CTAS;
         const long long tile = static_cast<long long>(head) * num_tiles + index;
-        quantize_k(shared, rows, seq_kv, index, part, done.statistics[0], keys_k.done(), k_factor + channels, k_addend + channels,
-                   k_codes + tile * (BLOCK_N * HEAD_DIM), k_scale + tile * KEY_GROUPS, k_scale_max + head);
+        quantize_k(shared, rows, seq_kv, index, part, done.statistics[0], keys_k.done(), k_factor + channels,
+                   k_addend + channels, k_codes + tile * (BLOCK_N * HEAD_DIM), k_scale + tile * KEY_GROUPS, k_scale_max + head);
     }
 }

@@ -6,7 +6,7 @@
 
 // docs/numerics.md: the largest number of chunks, the lanes of a chunk, and the keys of the smallest chunk
 constexpr int SUM_CHUNKS = 16, SUM_LANES = 16, MIN_CHUNK_KEYS = 256;
-// From SAMPLED_FROM keys on, SAMPLE consecutive ones of every SAMPLE_OF stand for all keys of K.
+// With SAMPLE_K, from SAMPLED_FROM keys on, SAMPLE consecutive ones of every SAMPLE_OF stand for all keys of K.
 constexpr int SAMPLED_FROM = 1024, SAMPLE_OF = 512, SAMPLE = 64;
 // A CTA takes a chunk. Its threads share STATISTICS_ROWS rows (keys) at a time, STATISTICS_THREADS a row; thread
 // row r adds the THREAD_LANES lanes r, r + STATISTICS_ROWS, ... of 8 channels.
@@ -18,7 +18,7 @@ struct Keys {
     int seq_kv, chunks, distance, length;
 
     __device__ __forceinline__ Keys(int seq_kv, bool is_v) : seq_kv(seq_kv) {
-        if (is_v || seq_kv < SAMPLED_FROM) {
+        if (is_v || !SAMPLE_K || seq_kv < SAMPLED_FROM) {
             length = distance = max(MIN_CHUNK_KEYS, SUM_LANES * ceil_div(seq_kv, SUM_CHUNKS * SUM_LANES));
             chunks = ceil_div(seq_kv, distance);
         } else {

@@ -14,7 +14,7 @@ from . import formats
 
 INT8_MAX = np.float32(127)
 SUM_CHUNKS, SUM_LANES, MIN_CHUNK_KEYS = 16, 16, 256
-SAMPLED_FROM, SAMPLE_OF, SAMPLE = 1024, 512, 64  # of K, 64 keys of every 512 give the statistics
+SAMPLED_FROM, SAMPLE_OF, SAMPLE = 1024, 512, 64  # 64 keys of every 512 stand for all keys of K
 KEY_GROUPS = 4  # scales of K a tile: one for each thread of a quad
 ROTATION = 16  # channels of Q and K that are rotated together
 LOST_UNIT = np.float32(65536)
@@ -118,10 +118,10 @@ def chunks_of(x):
     return [x[..., begin:begin + length, :] for begin in range(0, seq_kv, length)]
 
 
-def sampled_chunks_of(x):
-    """The same of K: what stands for it where it is long."""
+def chunks_of_k(x, plan):
+    """The same of K; of a long one a sample, if the plan says so."""
     seq_kv = x.shape[-2]
-    if seq_kv < SAMPLED_FROM:
+    if not plan.sample_k or seq_kv < SAMPLED_FROM:
         return chunks_of(x)
     chunks = min(SUM_CHUNKS, seq_kv // SAMPLE_OF)
     distance = seq_kv // chunks
@@ -153,9 +153,9 @@ def _add_halves(x):
     return x[..., 0, :]
 
 
-def channels_of(k, v, smooth_k=True):
+def channels_of(k, v, plan, smooth_k=True):
     """`Channels` of finite float32 K and V (..., seq_kv, head_dim)."""
-    k_mean, k_spread = _mean_and_spread(statistics(sampled_chunks_of(k)), smooth_k)
+    k_mean, k_spread = _mean_and_spread(statistics(chunks_of_k(k, plan)), smooth_k)
     v_mean, v_spread = _mean_and_spread(statistics(chunks_of(v)), True)
     balance = np.where(k_spread > 0, np.sqrt(k_spread), np.float32(1))
     return Channels(k_mean, balance, v_mean, v_spread)

@@ -70,8 +70,8 @@ def quantize_defines(plan: Plan, *, bfloat16=False, return_lse=False, smooth_k=T
         ("HEAD_DIM", plan.head_dim), ("BLOCK_M", plan.block_m), ("BLOCK_N", plan.block_n),
         ("V_F16", int(plan.v_dtype == "f16")), ("V_MAX", _float_literal(plan.v_max)),
         ("ROW_SUM_ROWS", _row_sum_rows(plan)), ("ROW_SUM_UNIT", _float_literal(plan.row_sum_unit)),
-        ("IN_BF16", int(bfloat16)), ("WITH_MEAN_DOT", int(return_lse)), ("SMOOTH_K", int(smooth_k)),
-        ("ALIGNED", int(aligned)))
+        ("SAMPLE_K", int(plan.sample_k)), ("IN_BF16", int(bfloat16)), ("WITH_MEAN_DOT", int(return_lse)),
+        ("SMOOTH_K", int(smooth_k)), ("ALIGNED", int(aligned)))
 
 
 def attention_defines(plan: Plan, *, bfloat16=False, is_causal=False, return_lse=False):
@@ -216,16 +216,16 @@ def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, i
     """
     g = geometry
     heads_kv = g.batch * g.num_heads_kv
-    kv_ctas = _statistics_ctas(g.seq_kv) + -(-g.seq_kv // plan.block_n) * _kv_ctas(plan)
+    kv_ctas = _statistics_ctas(plan, g.seq_kv) + -(-g.seq_kv // plan.block_n) * _kv_ctas(plan)
     q_ctas = -(-_align(g.seq_q, plan.block_m) // _q_cta_rows(plan))
     lead = max(8, math.ceil(1.2 * _ctas_an_sm(plan) * num_sms / kv_ctas))
     return heads_kv * kv_ctas + g.batch * g.num_heads_q * q_ctas, min(heads_kv, lead)
 
 
-def _statistics_ctas(seq_kv: int) -> int:
+def _statistics_ctas(plan: Plan, seq_kv: int) -> int:
     """Chunks of the statistics of K and V: `Keys` of statistics.cuh."""
     of_v = -(-seq_kv // max(256, 16 * -(-seq_kv // (16 * SUM_CHUNKS))))
-    return of_v + (of_v if seq_kv < 1024 else min(SUM_CHUNKS, seq_kv // 512))
+    return of_v + (min(SUM_CHUNKS, seq_kv // 512) if plan.sample_k and seq_kv >= 1024 else of_v)
 
 
 def _align(n: int, to: int = 256) -> int:

@@ -186,6 +186,7 @@ HEAD_DIMS = (1, 2, 8, 15, 16, 32, 63, 64, 65, 80, 96, 127, 128)
 LARGE_HEAD_DIMS = (129, 160, 192, 255, 256, 256)  #: for the kernels that have them
 SM_SCALES = (None, None, None, 0.05, 1.0, 3.7, 1e-4, 1e6)
 MAX_SEQ_Q, MAX_SEQ_KV = 300, 600
+LONG_SEQ_KV = (1023, 1024, 1025, 1500, 1535, 1536)  #: where the statistics of K become those of a sample
 
 #: Field of `Problem` -> the values to choose from; of a tuple of two integers in a list, a range.
 CHOICES = {
@@ -216,6 +217,8 @@ def problems(max_seq_q=MAX_SEQ_Q, max_seq_kv=MAX_SEQ_KV, kinds=VALUES, kernel=No
 
     fields = {name: st.sampled_from(choices) for name, choices in CHOICES.items()}
     fields["seq_q"], fields["seq_kv"] = lengths(max_seq_q), lengths(max_seq_kv)
+    if max_seq_kv == MAX_SEQ_KV:
+        fields["seq_kv"] |= st.sampled_from(LONG_SEQ_KV)
     choices = head_dims_of(kernel)
     fields["head_dim"] = st.integers(1, max(choices)) | st.sampled_from(choices)
     fields["kinds"] = st.tuples(*[st.sampled_from(kinds)] * 3)
@@ -244,7 +247,7 @@ def random_problem(seed, index, kernel=None):
     return Problem(
         **fields,
         seq_q=length(MAX_SEQ_Q),
-        seq_kv=length(MAX_SEQ_KV),
+        seq_kv=int(pick(LONG_SEQ_KV)) if rng.random() < 0.1 else length(MAX_SEQ_KV),
         head_dim=int(pick(head_dim_choices) if rng.random() < 0.7 else rng.integers(1, max(head_dim_choices) + 1)),
         kinds=("normal",) * 3 if rng.random() < 0.2 else tuple(pick(VALUES) for _ in range(3)),
         seed=int(rng.integers(2**32)),

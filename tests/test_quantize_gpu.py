@@ -71,7 +71,7 @@ def expected_buffers(q, k, v, sm_scale, smooth_k, plan):
 
     group = q.shape[1] // k.shape[1]
     wide = [reference.finite(reference.widen(x, plan.head_dim)) for x in (k, v)]
-    channels = reference.channels_of(*wide, smooth_k)
+    channels = reference.channels_of(*wide, plan, smooth_k)
     of_q_heads = reference.Channels(*(np.repeat(x, group, axis=1) for x in (
         channels.k_mean, channels.balance, channels.v_mean, channels.v_spread)))
     quantized_q = reference.quantize_q(q, of_q_heads, sm_scale, plan)

@@ -359,11 +359,13 @@ def test_statistics_are_those_of_the_sequence(seq, seed):
 
 @given(seq=st.integers(1, 70000))
 def test_the_sample_of_k_is_spread_over_the_sequence(seq):
-    chunks = quantize.sampled_chunks_of(np.arange(seq)[:, None])
+    chunks = quantize.chunks_of_k(np.arange(seq)[:, None], make_plan("sm_90a", 64))
     keys = np.concatenate(chunks)[:, 0]
     assert len(chunks) <= 16 and len(set(keys)) == len(keys)
     assert np.diff(np.append(keys, seq)).max() <= max(1024, seq // 14)
     assert len(keys) == seq if seq < 1024 else seq // 16 <= len(keys) <= seq // 8
+    every_key = quantize.chunks_of_k(np.arange(seq)[:, None], make_plan("sm_89", 64))
+    np.testing.assert_array_equal(np.concatenate(every_key)[:, 0], np.arange(seq))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -381,7 +383,7 @@ def test_rotation_signs_are_balanced(head_dim):
 def _quantized(plan, seq_q=200, seq_kv=150):
     problem = Problem(batch=1, heads_kv=2, seq_q=seq_q, seq_kv=seq_kv, head_dim=plan.head_dim - 3)
     q, k, v = (x[0] for x in problem.arrays())
-    channels = quantize.channels_of(*(quantize.widen(x, plan.head_dim) for x in (k, v)))
+    channels = quantize.channels_of(*(quantize.widen(x, plan.head_dim) for x in (k, v)), plan)
     return (quantize.quantize_q(q, channels, 0.125, plan), quantize.quantize_k(k, channels, plan),
             quantize.quantize_v(v, channels, plan)), (q, k, v), channels
 

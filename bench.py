@@ -426,7 +426,8 @@ def versions() -> dict[str, str | None]:
 def report(rows, left_out, commit, gpu=None) -> dict:
     """What `--json` writes."""
     query = "--query-gpu=driver_version,power.limit,clocks.max.sm"
-    return {"command": " ".join(["python", *sys.argv]), "date": datetime.date.today().isoformat(), "gpu": gpu,
+    command = " ".join(["python", *(Path(argument).name for argument in sys.argv)])  # without folders
+    return {"command": command, "date": datetime.date.today().isoformat(), "gpu": gpu,
             "driver, power limit, maximal clock": gpu and _output_of("nvidia-smi", query, "--format=csv,noheader"),
             "commit": commit or git_commit(), "versions": versions(), "left out": left_out, "rows": rows}
 

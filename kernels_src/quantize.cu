@@ -3,17 +3,16 @@
 //
 // One launch of many small CTAs, of four roles: statistics of K or V, codes of V, of K, and of Q. The CTAs start
 // in order. The statistics of a KV head stand a few heads ahead of its codes, so that the codes rarely wait for
-// them. Of the CTAs that contribute to one result (the means of a head,
-// its `v_offset`), the one that arrives last finishes it (`progress.cuh`).
+// them. Of the CTAs that contribute to one result (the means of a head, its `v_offset`), the one that arrives last
+// finishes it (`progress.cuh`).
 //
 // Compiled with: HEAD_DIM, BLOCK_M, BLOCK_N, V_F16, V_MAX, ROW_SUM_ROWS (above 0 for `wgmma` alone),
 // ROW_SUM_UNIT, SAMPLE_K, IN_BF16, WITH_MEAN_DOT, SMOOTH_K, ALIGNED (`quantize_defines` in sagepp/launch.py).
 
-#include "ptx.cuh"
+#include "int8.cuh"
 #include "statistics.cuh"
 
 constexpr int KEY_GROUPS = 4;  // scales of K a tile
-constexpr int ROTATION = 16;   // channels of Q and K that are rotated together, a block
 constexpr int GROUP_KEYS = BLOCK_N / KEY_GROUPS;
 constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;  // bytes of a row of codes of Q or K that lie together
 constexpr int V_CHUNK_KEYS = V_F16 ? 8 : 16;            // keys in a chunk, 16 bytes of codes of V
@@ -28,11 +27,9 @@ constexpr int BLOCKS = HEAD_DIM / (ROTATION * ROW_THREADS);
 constexpr int Q_CTA_ROWS = HEAD_DIM > 128 ? 64 : 128;
 constexpr int PASS_ROWS = THREADS / ROW_THREADS, PASSES = Q_CTA_ROWS / PASS_ROWS;
 
-// K: warps that share a key group, key groups of a pass, passes of a CTA, CTAs of a tile.
-constexpr int GROUP_WARPS = GROUP_KEYS <= WARP_ROWS ? 1 : GROUP_KEYS <= 2 * WARP_ROWS ? 2 : 4;
-constexpr int PASS_GROUPS = WARPS / GROUP_WARPS;
-constexpr int K_PASSES = PASSES * PASS_GROUPS < KEY_GROUPS ? PASSES : KEY_GROUPS / PASS_GROUPS;
-constexpr int K_CTAS = KEY_GROUPS / (K_PASSES * PASS_GROUPS);
+// K, a CTA for a tile: warps that share a key group, key groups of a pass, passes.
+constexpr int GROUP_WARPS = GROUP_KEYS / WARP_ROWS, PASS_GROUPS = WARPS / GROUP_WARPS;
+constexpr int K_PASSES = KEY_GROUPS / PASS_GROUPS;
 
 // V: a warp makes the codes of a chunk and 64 channels, from V_KEYS keys of every key group. V_WIDTH warps beside
 // each other make V_CHANNELS channels of the chunk, and the CTA V_STEP chunks a step. V_CTAS: CTAs of a tile.
@@ -40,9 +37,9 @@ constexpr int V_CHANNELS = HEAD_DIM < 128 ? HEAD_DIM : 128, V_CTAS = HEAD_DIM / 
 constexpr int V_WIDTH = V_CHANNELS / 64, V_STEP = WARPS / V_WIDTH;
 constexpr int V_STEPS = ceil_div(V_CHUNKS, V_STEP), V_KEYS = V_CHUNK_KEYS / KEY_GROUPS;
 
-static_assert(ROTATION == 16, "the codes of a block are 16 bytes");
-static_assert(GROUP_KEYS <= GROUP_WARPS * WARP_ROWS, "a pass holds whole key groups");
-static_assert(K_CTAS * K_PASSES * PASS_GROUPS == KEY_GROUPS, "every key group belongs to one CTA");
+static_assert(GROUP_KEYS % WARP_ROWS == 0 && WARPS % GROUP_WARPS == 0 && KEY_GROUPS % PASS_GROUPS == 0,
+              "a pass holds whole key groups");
+static_assert(K_PASSES <= PASSES, "there is room for a tile of K");
 static_assert(BLOCK_N % 16 == 0, "16 bytes of E4M3 are 4 keys of each key group");
 static_assert(!(V_F16 && ROW_SUM_ROWS), "the rows of the row sum are E4M3");
 
@@ -95,19 +92,12 @@ struct Shared {
     };
 };
 
-// 1.5 * 2^23. Adding it to |x| < 2^22 rounds x to an integer, to nearest even; the bits of the sum are
-// ROUNDING_BITS plus that integer.
-constexpr float ROUNDING = 12582912.0f;
-[[maybe_unused]] constexpr unsigned ROUNDING_BITS = 0x4B400000;
 [[maybe_unused]] constexpr float LOST_UNIT = 65536.0f;  // `lost` counts 1 / 65536 of V's codes
 
 // ---- 2. rotation and INT8, Q and K -------------------------------------------------------------
 
-// What a thread has of a row: [block][channel of the block].
-typedef float RowValues[BLOCKS][ROTATION];
-
-// x = f(x of the input, number of its vector, place in the vector): 8 channels at a time.
-template <class F> __device__ __forceinline__ void load_row(RowValues& x, const uint4 (&row)[VECTORS], F f) {
+// A thread's share of a row, 8 channels at a time: f(them, number of their vector, their block) may change them.
+template <class F> __device__ __forceinline__ void load_row(RowValues<BLOCKS>& x, const uint4 (&row)[VECTORS], F f) {
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
 #pragma unroll
@@ -122,79 +112,14 @@ template <class F> __device__ __forceinline__ void load_row(RowValues& x, const 
     }
 }
 
-// Walsh-Hadamard butterflies of step 1, 2, 4, 8 in each block.
-__device__ __forceinline__ void rotate(RowValues& x) {
-#pragma unroll
-    for (int h = 1; h < ROTATION; h *= 2) {
-#pragma unroll
-        for (int b = 0; b < BLOCKS; ++b) {
-#pragma unroll
-            for (int d = 0; d < ROTATION; ++d) {
-                if (d & h) continue;
-                const float low = x[b][d], high = x[b][d + h];
-                x[b][d] = __fadd_rn(low, high);
-                x[b][d + h] = __fsub_rn(low, high);
-            }
-        }
-    }
-}
-
-// Largest magnitude, NaN if a value is NaN.
-__device__ __forceinline__ float largest(const RowValues& x) {
-    float amax[4] = {};  // chains that do not wait for each other
-#pragma unroll
-    for (int d = 0; d < ROTATION; ++d) {
-#pragma unroll
-        for (int b = 0; b < BLOCKS; ++b) amax[d % 4] = max_or_nan(amax[d % 4], fabsf(x[b][d]));
-    }
-    return max_or_nan(max_or_nan(amax[0], amax[1]), max_or_nan(amax[2], amax[3]));
-}
-
-// Over each aligned group of `lanes` threads of the warp.
-__device__ __forceinline__ float largest_of_lanes(float amax, int lanes) {
-#pragma unroll
-    for (int other = 1; other < lanes; other *= 2)
-        amax = max_or_nan(amax, __shfl_xor_sync(~0u, amax, other));
-    return amax;
-}
-
-// inverse = div(127, amax). Returns whether `int8_codes` may use it: it is wrong for 0, infinity and NaN.
-__device__ __forceinline__ bool usual_inverse(float amax, float& inverse) {
-    inverse = __fdiv_rn(127.0f, amax);
-    return inverse > 0.0f && is_finite(inverse);
-}
-
-// Where the inverse is not usual: it overflowed, and every value but 0 saturates; or amax is not finite, and the
-// codes are 0. Leaves the codes themselves in x, for an inverse of 1.
-__device__ __forceinline__ void unusual_values(RowValues& x, float amax) {
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-#pragma unroll
-        for (int d = 0; d < ROTATION; ++d)
-            x[b][d] = is_finite(amax) && x[b][d] != 0.0f ? copysignf(127.0f, x[b][d]) : 0.0f;
-    }
-}
-
-// x * inverse, rounded once to an integer, a byte each.
-__device__ __forceinline__ uint4 int8_codes(const float (&x)[16], float inverse) {
-    unsigned code[16], pair[8];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) code[i] = __float_as_uint(__fmaf_rn(x[i], inverse, ROUNDING));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) pair[i] = __byte_perm(code[2 * i], code[2 * i + 1], 0x0040);
-    return make_uint4(__byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[2], pair[3], 0x5410),
-                      __byte_perm(pair[4], pair[5], 0x5410), __byte_perm(pair[6], pair[7], 0x5410));
-}
-
 // What the numbers of the 16-byte chunks of a panel are xor-ed with in a row of codes.
 __device__ __forceinline__ int swizzle(int row) { return PANEL == 128 ? row & 7 : row >> 1 & 3; }
 
 // Codes of a warp's rows into a tile of `rows` rows, [panel][row][PANEL], 16-byte chunks swizzled; warp row r
-// is row `tile_row(r)` of the tile, or nowhere if that is negative. By way of shared memory: whole lines are
-// written at once.
+// is row `tile_row(r)` of the tile. By way of shared memory: whole lines are written at once.
 template <class Pass, class TileRow>
 __device__ __forceinline__ void store_codes(Pass& pass, signed char* tile, int rows, TileRow tile_row,
-                                            const RowValues& x, float inverse) {
+                                            const RowValues<BLOCKS>& x, float inverse) {
     auto& shared = pass.of_warp[threadIdx.x / 32];
     const int lane = threadIdx.x % 32;
     __syncwarp();
@@ -207,9 +132,8 @@ __device__ __forceinline__ void store_codes(Pass& pass, signed char* tile, int r
     for (int j = 0; j < WARP_ROWS * CODE_CHUNKS; j += 32) {
         const int i = j + lane, r = i / CODE_CHUNKS, chunk = i % CODE_CHUNKS, row = tile_row(r);
         const int panel = chunk / (PANEL / 16), place = (chunk % (PANEL / 16)) ^ swizzle(row);
-        if (row >= 0)
-            reinterpret_cast<uint4*>(tile)[(panel * rows + row) * (PANEL / 16) + place] =
-                shared.codes[r * CODE_CHUNKS + (chunk ^ chunk_swizzle(r))];
+        reinterpret_cast<uint4*>(tile)[(panel * rows + row) * (PANEL / 16) + place] =
+            shared.codes[r * CODE_CHUNKS + (chunk ^ chunk_swizzle(r))];
     }
 }
 
@@ -251,7 +175,7 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
             cp_async_wait<0>();
             __syncwarp();
         }
-        RowValues x;
+        RowValues<BLOCKS> x;
         float dot[BLOCKS] = {};
         load_row(x, shared.passes[pass].of_warp[threadIdx.x / 32].rows[warp_row()], [&](float (&y)[8], int vector, int b) {
             float factor[8], mean[8];
@@ -292,15 +216,13 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
     }
 }
 
-// Part number `part` of a tile of K: K_PASSES * PASS_GROUPS key groups. A pass whose result is not finite is repeated
-// without the elements that are not.
+// Codes of a tile of K. A pass whose result is not finite is repeated without the elements that are not.
 // codes: [panel][BLOCK_N][PANEL], rows in column order; scale: [KEY_GROUPS]; scale_max: of the head, 0 at first.
-__device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int seq_kv, int tile, int part,
-                                           const unsigned& statistics, int done, const float* k_factor, const float* k_addend,
-                                           signed char* codes, float* scale, float* scale_max) {
-    const int warp = threadIdx.x / 32, group_0 = part * (K_PASSES * PASS_GROUPS) + warp / GROUP_WARPS;
+__device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int seq_kv, int tile,
+                                           const unsigned& statistics, int done, const float* k_factor,
+                                           const float* k_addend, signed char* codes, float* scale, float* scale_max) {
+    const int warp = threadIdx.x / 32, group_0 = warp / GROUP_WARPS;
     const int place = warp % GROUP_WARPS * WARP_ROWS + warp_row();  // in the group
-    const bool in_group = GROUP_KEYS % (GROUP_WARPS * WARP_ROWS) == 0 || place < GROUP_KEYS;
     const int key_0 = tile * BLOCK_N + group_0 * GROUP_KEYS + place;
     const auto copy_pass = [&](int pass) {
         const int group_key = tile * BLOCK_N + (group_0 + pass * PASS_GROUPS) * GROUP_KEYS;
@@ -324,9 +246,9 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
             __syncwarp();
         }
         auto& row = shared.passes[pass].of_warp[warp].rows[warp_row()];
-        const bool exists = in_group && key_0 + pass * (PASS_GROUPS * GROUP_KEYS) < seq_kv;
-        const bool all_exist = GROUP_KEYS % (GROUP_WARPS * WARP_ROWS) == 0 && (tile + 1) * BLOCK_N <= seq_kv;
-        RowValues x;
+        const bool exists = key_0 + pass * (PASS_GROUPS * GROUP_KEYS) < seq_kv;
+        const bool all_exist = (tile + 1) * BLOCK_N <= seq_kv;
+        RowValues<BLOCKS> x;
         float amax;
 #pragma unroll 1
         for (int attempt = 0;; ++attempt) {
@@ -368,7 +290,7 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
         }
         store_codes(shared.passes[pass], codes, BLOCK_N, [=](int r) {
             const int p = place - warp_row() + r;
-            return p < GROUP_KEYS ? p / 2 * 8 + group * 2 + p % 2 : -1;  // section 2, "Position of a key"
+            return p / 2 * 8 + group * 2 + p % 2;  // section 2, "Position of a key"
         }, x, inverse);
         if (warp % GROUP_WARPS == 0 && threadIdx.x % 32 == 0) {
             const float group_scale = __fdiv_rn(amax, 127.0f);
@@ -546,7 +468,7 @@ __device__ __forceinline__ void finish_v_offset(Shared& shared, const unsigned* 
 // ---- the kernel --------------------------------------------------------------------------------
 
 // A KV head of the batch has a CTA for each chunk of its statistics (K, then V), V_CTAS a tile for the codes of V and
-// K_CTAS a tile for those of K. In the grid, the statistics of the first `lead` heads come first; then, in rounds, the
+// one a tile for those of K. In the grid, the statistics of the first `lead` heads come first; then, in rounds, the
 // statistics of head `round + lead` and the codes of head `round`; then the codes of the last `lead` heads; and last, for
 // all heads, the codes of Q, q_ctas a query head.
 //
@@ -565,7 +487,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
     const Keys keys_k(seq_kv, false), keys_v(seq_kv, true);
     const unsigned k_chunks = keys_k.chunks, statistics_ctas = k_chunks + keys_v.chunks;
     const int num_tiles = ceil_div(seq_kv, BLOCK_N), padded_rows = ceil_div(seq_q, BLOCK_M) * BLOCK_M;
-    const unsigned k_ctas = num_tiles * K_CTAS, v_ctas = num_tiles * V_CTAS, code_ctas = v_ctas + k_ctas;
+    const unsigned v_ctas = num_tiles * V_CTAS, code_ctas = v_ctas + num_tiles;
     const unsigned q_ctas = ceil_div(padded_rows, Q_CTA_ROWS), heads = batch * num_heads_kv;
 
     // Becomes the number of the CTA among those of its kind of `head`.
@@ -628,10 +550,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
     } else {
         index -= v_ctas;
         const Rows rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
-        const int part = index % K_CTAS;
-        index /= K_CTAS;
         const long long tile = static_cast<long long>(head) * num_tiles + index;
-        quantize_k(shared, rows, seq_kv, index, part, done.statistics[0], keys_k.done(), k_factor + channels,
+        quantize_k(shared, rows, seq_kv, index, done.statistics[0], keys_k.done(), k_factor + channels,
                    k_addend + channels, k_codes + tile * (BLOCK_N * HEAD_DIM), k_scale + tile * KEY_GROUPS, k_scale_max + head);
     }
 }

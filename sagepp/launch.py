@@ -196,12 +196,8 @@ def _q_cta_rows(plan: Plan) -> int:
 
 
 def _kv_ctas(plan: Plan) -> int:
-    """CTAs of `quantize` for a tile of K and V: `K_CTAS` and `V_CTAS` of quantize.cu."""
-    row_threads = 2 if plan.head_dim < 128 else 4
-    warp_rows = 32 // row_threads
-    group_warps = next(n for n in (1, 2, 4) if plan.block_n // KEY_GROUPS <= n * warp_rows)
-    k_ctas = max(1, KEY_GROUPS * group_warps * warp_rows // _q_cta_rows(plan))  # no more rows a CTA than of Q
-    return k_ctas + max(1, plan.head_dim // 128)
+    """CTAs of `quantize` for a tile of K and V: one, and `V_CTAS` of quantize.cu."""
+    return 1 + max(1, plan.head_dim // 128)
 
 
 def _ctas_an_sm(plan: Plan) -> int:

@@ -4,6 +4,9 @@
 // NUM_WARPGROUPS consumer warpgroups of 64 query rows each. While a consumer forms P of tile j, the tensor
 // cores multiply P V of tile j - 1; Q K^T of tile j + 1 is issued as soon as the registers of S are free.
 //
+// Where the work items do not divide into as many equal shares as there are CTAs, some of them are cut in two: a CTA
+// begins with the first tiles of an item, and the next CTA ends with the others (`Schedule`).
+//
 // Grid at most one CTA an SM, block 128 (NUM_WARPGROUPS + 1), DYNAMIC_SHARED_BYTES of dynamic shared memory.
 
 #include "softmax.cuh"
@@ -38,13 +41,64 @@ constexpr int K_BYTES = BLOCK_N * HEAD_DIM;
 constexpr int V_BYTES = BLOCK_N * V_ROWS;
 constexpr int align_up(int bytes, int to) { return (bytes + to - 1) / to * to; }
 
-// What belongs to a work item beside Q.
+struct Problem {
+    int num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset;
+    int num_heads;      // batch * num_heads_q
+    int shared_items;   // of `Schedule`
+
+    __device__ int num_row_blocks() const { return (seq_q + BLOCK_M - 1) / BLOCK_M; }
+    __device__ int num_key_tiles() const { return (seq_kv + BLOCK_N - 1) / BLOCK_N; }
+};
+
+// A block of query rows of one head, and the key tiles that it sees.
+struct WorkItem {
+    int head;       // batch * num_heads_q + head
+    int kv_head;    // batch * num_heads_kv + KV head
+    int row_block;
+    int num_tiles;       // tiles that some row sees
+    int num_full_tiles;  // tiles that every row sees, as far as they go
+    int num_plain_tiles;  // of those, the ones without absent keys: nothing to mask
+
+    WorkItem() = default;
+    __device__ WorkItem(const Problem& problem, unsigned index) {
+        const unsigned heads = problem.num_heads;
+        if (CAUSAL) {  // the longest first
+            row_block = problem.num_row_blocks() - 1 - index / heads;
+            head = index % heads;
+        } else {
+            row_block = index % problem.num_row_blocks();
+            head = index / problem.num_row_blocks();
+        }
+        int b = head / problem.num_heads_q, h = head % problem.num_heads_q;
+        kv_head = b * problem.num_heads_kv + h / (problem.num_heads_q / problem.num_heads_kv);
+        num_tiles = num_full_tiles = problem.num_key_tiles();
+        if (CAUSAL) {
+            int first = row_block * BLOCK_M + problem.causal_offset + 1;  // keys that the first row sees
+            int last = min(row_block * BLOCK_M + BLOCK_M, problem.seq_q) + problem.causal_offset;
+            if (first < problem.seq_kv) num_full_tiles = max(first, 0) / BLOCK_N;
+            num_tiles = min(num_tiles, (max(last, 0) + BLOCK_N - 1) / BLOCK_N);
+        }
+        num_plain_tiles = min(num_full_tiles, problem.seq_kv / BLOCK_N);
+    }
+};
+
+// A work item, or the tiles of it from `begin` on and before `end`; multiples of UNROLLED, but for the last.
+struct Part {
+    WorkItem item;
+    int begin, end;
+
+    __device__ bool continues() const { return begin > 0; }  // what another CTA has begun
+    __device__ bool is_last() const { return end == item.num_tiles; }
+};
+
+// What a consumer needs of a work item beside Q.
 struct __align__(16) ItemScales {
     float q_scale[BLOCK_M];
     float q_mean_dot[BLOCK_M];  // only with RETURN_LSE
     float v_scale[HEAD_DIM];
     float v_offset[HEAD_DIM];
-    float k_scale_max[4];  // once
+    Part part;
+    float k_scale_max;
 };
 
 // Byte offsets into dynamic shared memory (1024-byte aligned: the swizzle is a function of the address).
@@ -70,43 +124,6 @@ __device__ __forceinline__ unsigned barrier(unsigned shared, int which) {
     return shared + BARRIER_OFFSET + 8 * which;
 }
 
-struct Problem {
-    int num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset;
-
-    __device__ int num_row_blocks() const { return (seq_q + BLOCK_M - 1) / BLOCK_M; }
-    __device__ int num_key_tiles() const { return (seq_kv + BLOCK_N - 1) / BLOCK_N; }
-};
-
-// A block of query rows of one head, and the key tiles that it sees.
-struct WorkItem {
-    int head;       // batch * num_heads_q + head
-    int kv_head;    // batch * num_heads_kv + KV head
-    int row_block;
-    int num_tiles;       // tiles that some row sees
-    int num_full_tiles;  // tiles that every row sees, as far as they go
-    int num_plain_tiles;  // of those, the ones without absent keys: nothing to mask
-
-    __device__ WorkItem(const Problem& problem, unsigned heads, unsigned index) {
-        if (CAUSAL) {  // the longest first
-            row_block = problem.num_row_blocks() - 1 - index / heads;
-            head = index % heads;
-        } else {
-            row_block = index % problem.num_row_blocks();
-            head = index / problem.num_row_blocks();
-        }
-        int b = head / problem.num_heads_q, h = head % problem.num_heads_q;
-        kv_head = b * problem.num_heads_kv + h / (problem.num_heads_q / problem.num_heads_kv);
-        num_tiles = num_full_tiles = problem.num_key_tiles();
-        if (CAUSAL) {
-            int first = row_block * BLOCK_M + problem.causal_offset + 1;  // keys that the first row sees
-            int last = min(row_block * BLOCK_M + BLOCK_M, problem.seq_q) + problem.causal_offset;
-            if (first < problem.seq_kv) num_full_tiles = max(first, 0) / BLOCK_N;
-            num_tiles = min(num_tiles, (max(last, 0) + BLOCK_N - 1) / BLOCK_N);
-        }
-        num_plain_tiles = min(num_full_tiles, problem.seq_kv / BLOCK_N);
-    }
-};
-
 // Position in a ring of stages: the index and the parity of the barriers' current phase.
 struct RingPosition {
     int stage = 0;
@@ -119,12 +136,53 @@ struct RingPosition {
     }
 };
 
-// The n-th work item of this CTA. Causal items come in order of length; going back and forth through
-// them gives every CTA about the same sum.
-__device__ __forceinline__ int work_index(int n) {
-    int lane = CAUSAL && n % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    return n * gridDim.x + lane;
-}
+// What this CTA does, and in which order.
+//
+// Causal items come in order of length; going back and forth through them gives every CTA about the same sum. Others
+// are of one length. The first `shared_items` of them, less than two a CTA, stand in a line that is cut into equal
+// shares (McNaughton's wrap-around rule): a share ends with the first tiles of an item, which are done before all else,
+// so that the next CTA, which does the rest of that item last, need not wait for them. It would wait for an earlier
+// CTA only, which has started before.
+struct Schedule {
+    const Problem& problem;
+    int num_items, num_tiles;
+
+    __device__ explicit Schedule(const Problem& problem)
+        : problem(problem), num_items(problem.num_heads * problem.num_row_blocks()), num_tiles(problem.num_key_tiles()) {}
+
+    // Where the share of CTA number `cta` begins: item, and tile of it.
+    __device__ int2 share(int cta) const {
+        long long tile = static_cast<long long>(problem.shared_items) * num_tiles * cta / gridDim.x;
+        int item = tile / num_tiles;
+        return make_int2(item, static_cast<int>(tile % num_tiles) / UNROLLED * UNROLLED);
+    }
+
+    // The n-th part, if there is one.
+    __device__ bool part(int n, Part& part) const {
+        const int cta = blockIdx.x, ctas = gridDim.x;
+        if (CAUSAL || problem.shared_items == 0) {
+            int index = n * ctas + (CAUSAL && n % 2 ? ctas - 1 - cta : cta);
+            return index < num_items && whole(index, part);
+        }
+        const int2 first = share(cta), last = share(cta + 1);
+        if (last.y > 0 && n-- == 0) return piece(last.x, 0, last.y, part);
+        const int rounds = (num_items - problem.shared_items) / ctas;
+        if (n < rounds) return whole(problem.shared_items + n * ctas + cta, part);
+        const int index = first.x + (first.y > 0) + n - rounds;
+        if (index < last.x) return whole(index, part);
+        return index == last.x && first.y > 0 && piece(first.x, first.y, num_tiles, part);
+    }
+
+    __device__ bool piece(int index, int begin, int end, Part& part) const {
+        part = Part{WorkItem(problem, index), begin, end};
+        return true;
+    }
+    __device__ bool whole(int index, Part& part) const {
+        part.item = WorkItem(problem, index);
+        part.begin = 0, part.end = part.item.num_tiles;
+        return true;
+    }
+};
 
 // ---- producer ----------------------------------------------------------------------------------
 
@@ -133,18 +191,31 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
                                         const float* k_scale, const float* k_scale_max,
                                         const unsigned char* v_codes, const float* v_scale,
                                         const float* v_offset, ItemScales* scales, const Problem& problem,
-                                        int heads) {
-    int num_items = heads * problem.num_row_blocks(), key_tiles = problem.num_key_tiles();
+                                        unsigned* arrivals) {
+    const int key_tiles = problem.num_key_tiles();
+    const Schedule schedule(problem);
     RingPosition ring;
-    for (int n = 0, index; (index = work_index(n)) < num_items; ++n) {
-        WorkItem item(problem, heads, index);
+    for (int n = 0;; ++n) {
         int buffer = n % Q_BUFFERS;
         if (n >= Q_BUFFERS) mbarrier_wait(barrier(shared, Q_EMPTY + buffer), (n / Q_BUFFERS - 1) & 1);
+        Part part;
+        if (!schedule.part(n, part)) {
+            scales[buffer].part.item.head = -1;
+            mbarrier_arrive(barrier(shared, Q_FULL + buffer));
+            return;
+        }
+        const WorkItem& item = part.item;
+        if (part.continues()) {
+            unsigned& before = arrivals[blockIdx.x - 1];
+            while (load_acquire(&before) < CONSUMER_THREADS / 32) {}
+            before = 0;  // for the next launch
+        }
         long long q_tile = static_cast<long long>(item.head) * problem.num_row_blocks() + item.row_block;
         long long kv_head = item.kv_head, offset = kv_head * (key_tiles + 1) + item.num_full_tiles;
         ItemScales& destination = scales[buffer];
         unsigned q_full = barrier(shared, Q_FULL + buffer);
-        destination.k_scale_max[0] = k_scale_max[kv_head];
+        destination.part = part;
+        destination.k_scale_max = k_scale_max[kv_head];
         mbarrier_arrive_expect_bytes(q_full, Q_BYTES + 4 * ((1 + RETURN_LSE) * BLOCK_M + 2 * HEAD_DIM));
         if (RETURN_LSE)
             bulk_copy(shared_address(destination.q_mean_dot), q_mean_dot + q_tile * BLOCK_M, 4 * BLOCK_M, q_full);
@@ -152,7 +223,7 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
         bulk_copy(shared_address(destination.q_scale), q_scale + q_tile * BLOCK_M, 4 * BLOCK_M, q_full);
         bulk_copy(shared_address(destination.v_scale), v_scale + kv_head * HEAD_DIM, 4 * HEAD_DIM, q_full);
         bulk_copy(shared_address(destination.v_offset), v_offset + offset * HEAD_DIM, 4 * HEAD_DIM, q_full);
-        for (int j = 0; j < item.num_tiles; ++j, ring.advance()) {
+        for (int j = part.begin; j < part.end; ++j, ring.advance()) {
             unsigned full = barrier(shared, FULL + ring.stage), stage = shared + ring.stage * STAGE_BYTES;
             long long tile = kv_head * key_tiles + j;
             mbarrier_wait(barrier(shared, EMPTY + ring.stage), ring.parity ^ 1);
@@ -179,16 +250,15 @@ __device__ __forceinline__ constexpr int score_index(int i, int r, int e) {
     return 8 * i + 2 * r + e % 2 + e / 2 * 4;
 }
 
-// The thread's largest score of a row; of a masked tile, among the first `visible` of its group.
-__device__ __forceinline__ int largest_score(const unsigned (&s)[8 * WORDS], int r, int visible, bool masked) {
+// The thread's largest score of a row.
+__device__ __forceinline__ int largest_score(const unsigned (&s)[8 * WORDS], int r) {
     constexpr int CHAINS = 2;
     int largest[CHAINS] = {};  // below every score as it arrives
 #pragma unroll
     for (int i = 0; i < WORDS; ++i)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-            if (!masked || 4 * i + e < visible)
-                largest[i % CHAINS] = max(largest[i % CHAINS], static_cast<int>(s[score_index(i, r, e)]));
+            largest[i % CHAINS] = max(largest[i % CHAINS], static_cast<int>(s[score_index(i, r, e)]));
     return max(largest[0], largest[1]);
 }
 
@@ -305,13 +375,16 @@ __device__ __forceinline__ void write_rows(unsigned short* const (&destination)[
     }
 }
 
+// Whether P V of a tile begins a promotion interval.
+__device__ __forceinline__ bool begins_interval(int tile) { return (tile + 1) % PROMOTE_EVERY == 0; }
+
 struct Consumer {
     const Problem& problem;
     const unsigned shared;
     float4* const o_shared;  // what follows after o[]: four numbers, every CONSUMER_THREADS float4
     unsigned q;         // descriptor of the warpgroup's rows of Q
-    RingPosition ring;  // of the latest tile whose Q K^T was issued; between work items, of the next one
-    float k_scale;      // of that tile
+    RingPosition ring;  // of the next tile whose Q K^T will be issued
+    float k_scale;      // of the latest one
     Row row[2];
     unsigned s[BLOCK_N / 2];  // S: integer scores as they arrive (step 6)
     unsigned p[2 * WORDS];    // P: E4M3 codes, the A fragments of P V
@@ -374,30 +447,32 @@ struct Consumer {
         if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier(shared, which));
     }
 
-    // Q K^T of the tile at `ring`, when it has arrived.
-    __device__ void start_scores() {
-        mbarrier_wait(barrier(shared, FULL + ring.stage), ring.parity);
+    // Q K^T of the tile at `ring`, when it has arrived. Returns its stage.
+    __device__ int start_scores() {
+        int stage = ring.stage;
+        mbarrier_wait(barrier(shared, FULL + stage), ring.parity);
         asm volatile("ld.shared.f32 %0, [%1];" : "=f"(k_scale)
-                     : "r"(shared + SCALE_OFFSET + 16 * ring.stage + threadIdx.x % 4 * 4) : "memory");
-        issue_qk(s, q, descriptor_low(shared + ring.stage * STAGE_BYTES + K_OFFSET, 16),
+                     : "r"(shared + SCALE_OFFSET + 16 * stage + threadIdx.x % 4 * 4) : "memory");
+        issue_qk(s, q, descriptor_low(shared + stage * STAGE_BYTES + K_OFFSET, 16),
                  descriptor_low(shared + ONES_OFFSET, 128));
+        ring.advance();
+        return stage;
     }
 
-    // P V of the tile in `stage`, added to T unless that tile begins a promotion interval.
-    __device__ void start_values(const unsigned (&p)[2 * WORDS], int stage, bool accumulate) {
+    // P V of the tile in `stage`, added to T or not.
+    __device__ void add_values(const unsigned (&p)[2 * WORDS], int stage, bool accumulate) {
         issue_pv(t, p, descriptor_low(shared + stage * STAGE_BYTES + V_OFFSET, V_ROWS * 16), accumulate);
     }
 
-    // Steps 5 and 6 for `tile`. `visible[r]` keys of the thread's group are visible to row r; only a masked tile has
-    // others. Where a bound moves, what was summed before it follows.
-    __device__ void softmax(unsigned (&p)[2 * WORDS], int tile, const int (&visible)[2], bool masked) {
+    // Steps 5 and 6 for `tile`. `sees[r]`: row r sees keys of the thread's group. Where a bound moves, what was summed
+    // before it follows; `interval_ended`: T is whole, and not yet in O.
+    __device__ void softmax(unsigned (&p)[2 * WORDS], int tile, bool interval_ended, const bool (&sees)[2]) {
         RowMap map[2] = {RowMap(row[0], k_scale), RowMap(row[1], k_scale)};
         int largest[2];
-        bool sees[2], moves[2];
+        bool moves[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            largest[r] = largest_score(s, r, visible[r], masked);
-            sees[r] = !masked || visible[r] > 0;
+            largest[r] = largest_score(s, r);
             moves[r] = sees[r] && map[r].reaches_limit(largest[r]);
         }
         if (__builtin_expect(__any_sync(FULL_MASK, moves[0] || moves[1]), 0)) {
@@ -406,13 +481,30 @@ struct Consumer {
             for (int r = 0; r < 2; ++r) {
                 float bound = tile_bound(largest[r] - static_cast<int>(SCORE_START), sees[r], row[r].scale, k_scale);
                 if (!quad_or(moves[r])) continue;
-                if (tile > 0) rescale(r, shrink_factor(row[r].bound, bound), tile % PROMOTE_EVERY == 0);
+                if (tile > 0) rescale(r, shrink_factor(row[r].bound, bound), interval_ended);
                 row[r].bound = bound;
                 map[r] = RowMap(row[r], k_scale);
             }
         }
         form_row(p, map[0], s, 0);
         form_row(p, map[1], s, 1);
+    }
+
+    // The same for a tile that the mask may hide in part: hidden scores are below all others, their P is 0.
+    __device__ void softmax(unsigned (&p)[2 * WORDS], const WorkItem& item, int tile) {
+        const bool masked = tile >= item.num_plain_tiles;
+        int visible[2] = {BLOCK_N, BLOCK_N};
+        if (masked) {
+            int row = item.row_block * BLOCK_M + row_in_block(), group = thread_index() % 4;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                visible[r] = visible_keys(problem, row + 8 * r, tile, group);
+#pragma unroll
+                for (int i = 0; i < 4 * WORDS; ++i)
+                    if (i >= visible[r]) s[score_index(i / 4, r, i % 4)] = 0;
+            }
+        }
+        softmax(p, tile, begins_interval(tile), {visible[0] > 0, visible[1] > 0});
         if (!masked) return;
 #pragma unroll
         for (int r = 0; r < 2; ++r)
@@ -420,97 +512,144 @@ struct Consumer {
             for (int i = 0; i < WORDS; ++i) p[word_index(i, r)] = mask_p(p[word_index(i, r)], visible[r] - 4 * i);
     }
 
-    // The same for a tile that the mask may hide in part.
-    __device__ void softmax(unsigned (&p)[2 * WORDS], const WorkItem& item, int tile) {
-        int row = item.row_block * BLOCK_M + row_in_block(), group = thread_index() % 4;
-        int visible[2] = {visible_keys(problem, row, tile, group), visible_keys(problem, row + 8, tile, group)};
-        softmax(p, tile, visible, tile >= item.num_plain_tiles);
-    }
-
-    __device__ void next_scores() {
-        ring.advance();
-        start_scores();
-    }
-
-    // Before P V of `tile`: T of an interval that has ended goes into O.
-    __device__ void settle(int tile) {
-        if (tile > 0 && tile % PROMOTE_EVERY == 0) promote();
+    // P V of the tile before `tile`, whose P is `p`, added to T; to nothing where it begins an interval, and T goes into
+    // O before. Of the first tile of a part, `fresh`, nothing is before: P is 0.
+    __device__ void continue_values(const unsigned (&p)[2 * WORDS], int stage, int tile, bool fresh) {
+        const bool begins = !fresh && begins_interval(tile - 1);
+        if (begins) promote();
+        add_values(p, stage, !begins);
     }
 
     // Tile `first + I` of UNROLLED unmasked ones, whose Q K^T is under way: P V of the tile before it, in stage
     // `last`, under its softmax, then the next one's Q K^T and so on. Not a loop: ptxas serialises products that are
-    // under way at the end of a loop's body (C7514).
+    // under way at the end of a loop's body (C7514). Returns the stage of the last tile.
     template <int I>
-    __device__ void step(unsigned (&p)[2 * WORDS], unsigned (&next_p)[2 * WORDS], int first, int last) {
-        start_values(p, last, I > 0 || (first - 1) % PROMOTE_EVERY != 0);
+    __device__ int step(unsigned (&p)[2 * WORDS], unsigned (&next_p)[2 * WORDS], int begin, int first, int last,
+                        int current) {
+        const bool fresh = I == 0 && first == begin;
+        if constexpr (I == 0)
+            continue_values(p, last, first, fresh);
+        else
+            add_values(p, last, true);
         wgmma_wait<1>();
-        const int visible[2] = {BLOCK_N, BLOCK_N};
-        softmax(next_p, first + I, visible, false);
+        softmax(next_p, first + I, I + 1 == UNROLLED && begins_interval(first + I), {true, true});
         if constexpr (I + 1 < UNROLLED) {
-            int current = ring.stage;
-            next_scores();
+            int next = start_scores();
             wgmma_wait<1>();
-            release(EMPTY + last);
-            step<I + 1>(next_p, p, first, current);
+            if (!fresh) release(EMPTY + last);
+            return step<I + 1>(next_p, p, begin, first, current, next);
         } else {
             wgmma_wait<0>();
             release(EMPTY + last);
+            return current;
         }
     }
 
-    // O and l of a work item that sees keys.
-    __device__ void attend(const WorkItem& item) {
-        start_scores();
-        wgmma_wait<0>();
-        softmax(p, item, 0);
-        int tile = 1;
-        for (; tile + UNROLLED <= item.num_plain_tiles; tile += UNROLLED) {
+    // Tiles `begin` to `end` - 1 of an item, at least one; afterwards T is still to be promoted. P of the tile before them
+    // is 0, and its P V takes V of the first.
+    __device__ void attend(const Part& part) {
+        const int begin = part.begin, end = part.end;
+        const int unrolled_end = min(end, part.item.num_plain_tiles) - UNROLLED;
+#pragma unroll
+        for (int i = 0; i < 2 * WORDS; ++i) p[i] = 0;
+        wgmma_wait<0>();  // there is none, which ptxas cannot know (C7517)
+        int tile = begin, last = ring.stage;
+        for (; tile <= unrolled_end; tile += UNROLLED) {
             unsigned next_p[2 * WORDS];
-            int last = ring.stage;
-            next_scores();
-            settle(tile - 1);
-            step<0>(p, next_p, tile, last);
+            int current = start_scores();
+            last = step<0>(p, next_p, begin, tile, last, current);
         }
-        for (; tile < item.num_tiles; ++tile) {
+        for (; tile < end; ++tile) {
             unsigned next_p[2 * WORDS];
-            int last = ring.stage;
-            next_scores();
-            settle(tile - 1);
-            start_values(p, last, (tile - 1) % PROMOTE_EVERY != 0);
+            int current = start_scores();
+            continue_values(p, last, tile, tile == begin);
             wgmma_wait<1>();
-            softmax(next_p, item, tile);
+            softmax(next_p, part.item, tile);
             wgmma_wait<0>();
-            release(EMPTY + last);
+            if (tile > begin) release(EMPTY + last);
+            last = current;
 #pragma unroll
             for (int i = 0; i < 2 * WORDS; ++i) p[i] = next_p[i] ^ (problem.seq_q >> 31);  // not a move: C7513
         }
-        settle(tile - 1);
-        start_values(p, ring.stage, (tile - 1) % PROMOTE_EVERY != 0);
+        continue_values(p, last, tile, false);
         wgmma_wait<0>();
-        release(EMPTY + ring.stage);
-        promote();
-        ring.advance();
+        release(EMPTY + last);
+    }
+
+    // What a part starts from: no sums.
+    __device__ void clear() {
+        update_o([](float* o, int) { o[0] = o[1] = o[2] = o[3] = 0.0f; });
+#pragma unroll
+        for (int i = 0; i < V_ROWS / 4; ++i) t[i] = 0;
+    }
+
+    // What one CTA has summed of an item, and another one continues, thread by thread: every CONSUMER_THREADS-th number.
+    // f(number, its place).
+    template <class F> __device__ void for_each_sum(F f) {
+        update_o([&](float* o, int i) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) f(o[e], (4 * i + e) * CONSUMER_THREADS);
+        });
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            f(row[r].l, (HEAD_DIM / 2 + r) * CONSUMER_THREADS);
+            f(row[r].bound, (HEAD_DIM / 2 + 2 + r) * CONSUMER_THREADS);
+        }
+#pragma unroll
+        for (int i = 0; i < V_ROWS / 4; ++i) {
+            float pair = __uint_as_float(t[i]);
+            f(pair, (HEAD_DIM / 2 + 4 + i) * CONSUMER_THREADS);
+            t[i] = __float_as_uint(pair);
+        }
+    }
+
+    __device__ void give(float* to, unsigned* arrivals) {
+        for_each_sum([=](float& x, int place) { to[place] = x; });
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) add_release(arrivals, 1);
+    }
+
+    // Past L1: the producer has waited for it.
+    __device__ void take(const float* from) {
+        for_each_sum([=](float& x, int place) { x = __ldcg(from + place); });
     }
 };
 
+// Sums that a CTA passes to the next one.
+struct Handover {
+    float sums[HEAD_DIM / 2 + 4 + V_ROWS / 4][CONSUMER_THREADS];
+};
+
 __device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_scales, float4* o_shared,
-                                        const Output& out, const Problem& problem, int heads, float sm_scale) {
+                                        const Output& out, const Problem& problem, Handover* handovers,
+                                        unsigned* arrivals, float sm_scale) {
     int warpgroup = __shfl_sync(FULL_MASK, threadIdx.x / 128, 0) - 1;
-    int num_items = heads * problem.num_row_blocks();
     Consumer consumer{problem, shared, o_shared + threadIdx.x - 128};
-    for (int n = 0, index; (index = work_index(n)) < num_items; ++n) {
-        WorkItem item(problem, heads, index);
+    for (int n = 0;; ++n) {
         int buffer = n % Q_BUFFERS;
         const ItemScales& scales = item_scales[buffer];
+        const Part& part = scales.part;
+        const WorkItem& item = part.item;
         consumer.q = descriptor_low(shared + buffer * Q_BYTES + warpgroup * 64 * PANEL, 16);
         mbarrier_wait(barrier(shared, Q_FULL + buffer), n / Q_BUFFERS & 1);
+        if (item.head < 0) return;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float q_scale = scales.q_scale[row_in_block() + 8 * r];
-            consumer.row[r] = Row{{limited_row_scale(q_scale, scales.k_scale_max[0]), minus_infinity()}, 0.0f};
+            consumer.row[r] = Row{{limited_row_scale(q_scale, scales.k_scale_max), minus_infinity()}, 0.0f};
         }
-        consumer.update_o([](float* o, int) { o[0] = o[1] = o[2] = o[3] = 0.0f; });
-        if (item.num_tiles > 0) consumer.attend(item);
+        const auto sums = [&](int cta) { return &handovers[cta].sums[0][thread_index() - 128]; };
+        if (part.continues())
+            consumer.take(sums(blockIdx.x - 1));
+        else
+            consumer.clear();
+        if (part.end > part.begin) consumer.attend(part);
+        if (!part.is_last()) {
+            consumer.give(sums(blockIdx.x), arrivals + blockIdx.x);
+            consumer.release(Q_EMPTY + buffer);
+            continue;
+        }
+        consumer.promote();
 
         int b = item.head / problem.num_heads_q, h = item.head % problem.num_heads_q;
         unsigned short* head = static_cast<unsigned short*>(out.o) + b * out.stride_b + h * out.stride_h;
@@ -543,11 +682,12 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
           const float* k_scale, const float* k_scale_max, const unsigned char* v_codes, const float* v_scale,
           const float* v_offset, void* o, float* lse, long long o_stride_b, long long o_stride_h,
           long long o_stride_s, int batch, int num_heads_q, int num_heads_kv, int seq_q, int seq_kv,
-          int head_dim, int causal_offset, float sm_scale) {
+          int head_dim, int causal_offset, float sm_scale, Handover* handovers, unsigned* arrivals,
+          int shared_items) {
     extern __shared__ __align__(1024) unsigned char dynamic_shared[];
     unsigned shared = shared_address(dynamic_shared);
     ItemScales* item_scales = reinterpret_cast<ItemScales*>(dynamic_shared + ITEM_OFFSET);
-    Problem problem{num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset};
+    Problem problem{num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset, batch * num_heads_q, shared_items};
     if (threadIdx.x == 0) {
         for (int buffer = 0; buffer < Q_BUFFERS; ++buffer) {
             mbarrier_init(barrier(shared, Q_FULL + buffer), 1);
@@ -567,11 +707,11 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
         registers_lower<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0)
             produce(shared, q_codes, q_scale, q_mean_dot, k_codes, k_scale, k_scale_max, v_codes, v_scale, v_offset,
-                    item_scales, problem, batch * num_heads_q);
+                    item_scales, problem, arrivals);
     } else {
         registers_raise<CONSUMER_REGISTERS>();
         Output out{o, lse, o_stride_b, o_stride_h, o_stride_s, head_dim};
         consume(shared, item_scales, reinterpret_cast<float4*>(dynamic_shared + O_OFFSET), out, problem,
-                batch * num_heads_q, sm_scale);
+                handovers, arrivals, sm_scale);
     }
 }

@@ -1,6 +1,8 @@
 // How far the CTAs of a launch have come with a KV head, so that they can hand work to each other.
 #pragma once
 
+#include "ptx.cuh"
+
 // Of a KV head: counters of the CTAs that have arrived, all 0 before the launch.
 struct Progress {
     unsigned statistics[2];  // of K, of V: STATISTICS_DONE in the end, and SPECIAL for each special chunk
@@ -32,7 +34,7 @@ __device__ __forceinline__ bool wait(const unsigned& counter, unsigned count) {
     unsigned arrived = 0;
     if (threadIdx.x == 0) {
         while (true) {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(&counter) : "memory");
+            arrived = load_acquire(&counter);
             if (arrived % SPECIAL >= count) break;
             __nanosleep(100);
         }

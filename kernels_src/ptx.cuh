@@ -42,6 +42,18 @@ __device__ __forceinline__ void ldmatrix_x4(unsigned (&m)[4], unsigned address) 
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(address) : "memory");
 }
 
+// ---- global memory between CTAs ----------------------------------------------------------------
+
+__device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
+    unsigned x;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ void add_release(unsigned* p, unsigned x) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+
 // ---- products ----------------------------------------------------------------------------------
 // Lane 4g + t. A: a[0] row g, a[1] row g + 8, both of the first half of k; a[2], a[3] of the second half
 // (word t of each half). B: b0, b1 column g, first and second half of k. D: row g, columns 2t and

@@ -131,7 +131,7 @@ def attend(problem, head_dim, dtype):
             first = 0 if problem.offset is None else max(0, tile * plan.block_n - problem.offset)
             if first < rows:
                 attend_tile(state, problem, row_scale, v_and_unit[tile], tile, slice(first, rows))
-            if (tile + 1) % plan.promote_every == 0:
+            if (tile + 2) % plan.promote_every == 0:  # the first interval is a tile shorter
                 state.promote(...)
         state.promote(...)
         return finish(state, problem, dtype), log_sum_exp(state, problem)

@@ -38,10 +38,11 @@ _PARAMETERS = {
         v_stride_h v_stride_s progress chunks k_mean k_factor k_addend q_factor v_mean v_inverse v_scale
         q_codes q_scale q_mean_dot k_codes k_scale k_scale_max v_codes lost v_offset batch num_heads_q num_heads_kv
         group seq_q seq_kv head_dim softmax_scale lead""",
-    "attention": """q_codes q_scale q_mean_dot k_codes k_scale k_scale_max v_codes v_scale v_offset
+    "attention_mma": """q_codes q_scale q_mean_dot k_codes k_scale k_scale_max v_codes v_scale v_offset
         o lse o_stride_b o_stride_h o_stride_s batch num_heads_q num_heads_kv seq_q seq_kv head_dim
         causal_offset sm_scale""",
 }
+_PARAMETERS["attention_wgmma"] = _PARAMETERS["attention_mma"] + " handovers arrivals shared_items"
 _PARAMETERS = {kernel: tuple(names.split()) for kernel, names in _PARAMETERS.items()}
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -98,7 +99,7 @@ def attention_shared_bytes(plan: Plan) -> int:
     if plan.kernel == "mma":
         return q_bytes + plan.stages * (k_bytes + v_bytes) + 8 * plan.block_m
     stage_bytes = _align(k_bytes + v_bytes, 1024)
-    item_bytes = 4 * (2 * plan.block_m + 2 * d + 4)
+    item_bytes = 4 * (2 * plan.block_m + 2 * d + 12)
     q_buffers = 2 if d <= 128 else 1
     o_bytes = 4 * plan.block_m * max(0, d - 160)  # what the registers cannot hold
     ones_bytes = 32 * plan.block_n if d <= 128 else 0
@@ -164,8 +165,11 @@ class Geometry:
         return scalars
 
 
-def _workspace(geometry: Geometry, plan: Plan) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Name -> shape and dtype of every intermediate array. Channels and rows of queries are the padded ones."""
+def _workspace(geometry: Geometry, plan: Plan, handovers: int) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Name -> shape and dtype of every intermediate array. Channels and rows of queries are the padded ones.
+
+    `handovers`: CTAs of the attention kernel that may pass sums to the next one.
+    """
     heads_q, heads_kv = geometry.batch * geometry.num_heads_q, geometry.batch * geometry.num_heads_kv
     d, n = plan.head_dim, plan.block_n
     width = min(d, 128)  # channels of a panel of codes
@@ -174,7 +178,8 @@ def _workspace(geometry: Geometry, plan: Plan) -> dict[str, tuple[tuple[int, ...
     channels = ((heads_kv, d), np.float32)
     rows = ((heads_q, q_tiles * plan.block_m), np.float32)
     return {
-        "progress": ((heads_kv, 4), np.uint32),  # struct Progress; first, as it is cleared before each call
+        "progress": ((heads_kv, 4), np.uint32),  # struct Progress
+        "arrivals": ((handovers,), np.uint32),
         "chunks": ((heads_kv, 2, SUM_CHUNKS, 2 * d), np.float32),  # K, V; struct ChunkStatistics
         "k_mean": channels, "k_factor": channels, "k_addend": channels, "q_factor": channels,
         "v_mean": channels, "v_inverse": channels, "v_scale": channels,
@@ -187,7 +192,11 @@ def _workspace(geometry: Geometry, plan: Plan) -> dict[str, tuple[tuple[int, ...
         "v_codes": ((heads_kv, kv_tiles, n // chunk_keys, d + _row_sum_rows(plan), 16), np.uint8),
         "lost": ((heads_kv, kv_tiles, d), np.uint32),
         "v_offset": ((heads_kv, kv_tiles + 1, d), np.float32),
+        "handovers": ((handovers, d // 2 + 4 + (d + _row_sum_rows(plan)) // 4, 2 * plan.block_m), np.float32),  # struct Handover
     }
+
+
+_CLEARED = ("progress", "arrivals")  #: the first arrays, which are 0 before each call
 
 
 def _q_cta_rows(plan: Plan) -> int:
@@ -218,6 +227,20 @@ def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, i
     return heads_kv * kv_ctas + g.batch * g.num_heads_q * q_ctas, min(heads_kv, lead)
 
 
+#: Tiles that cutting an item in two costs, about: another start of the pipeline, and the sums that are passed on.
+_CUT_TILES = 12
+
+
+def _shared_items(geometry: Geometry, plan: Plan, ctas: int) -> int:
+    """Items that the CTAs of `attention_wgmma.cu` share in equal parts (`Schedule` there): 0 where it does not pay."""
+    g = geometry
+    items, tiles = -(-g.seq_q // plan.block_m) * g.num_heads_q * g.batch, -(-g.seq_kv // plan.block_n)
+    shared = items % ctas + ctas
+    if plan.kernel == "mma" or g.is_causal or shared == ctas or items < shared or (2 * ctas - shared) * tiles < _CUT_TILES * ctas:
+        return 0
+    return shared
+
+
 def _statistics_ctas(plan: Plan, seq_kv: int) -> int:
     """Chunks of the statistics of K and V: `Keys` of statistics.cuh."""
     of_v = -(-seq_kv // max(256, 16 * -(-seq_kv // (16 * SUM_CHUNKS))))
@@ -245,13 +268,15 @@ class Launch:
 
     def __init__(self, geometry: Geometry, plan: Plan, arch: str, num_sms: int):
         self.geometry, self.plan = geometry, plan
-        self.arrays = _workspace(geometry, plan)
+        (ctas, _, _), _ = attention_grid(plan, geometry.batch, geometry.num_heads_q, geometry.seq_q, num_sms)
+        self.shared_items = shared_items = _shared_items(geometry, plan, ctas)
+        self.arrays = _workspace(geometry, plan, ctas if shared_items else 0)
         self.offsets, self.workspace_bytes = {}, 0
         for name, (shape, dtype) in self.arrays.items():
             self.offsets[name] = self.workspace_bytes
             self.workspace_bytes += _align(math.prod(shape) * np.dtype(dtype).itemsize)
         ctas, lead = _quantize_grid(geometry, plan, num_sms)
-        self._write_arguments({**geometry.scalars(plan), "lead": lead})
+        self._write_arguments({**geometry.scalars(plan), "lead": lead, "shared_items": shared_items})
         self._steps = [(*step, pointers.ctypes.data) for step, pointers in
                        zip(self._make_steps(arch, num_sms, ctas), self._pointers)]
 
@@ -267,10 +292,10 @@ class Launch:
         self._workspace_slots = slots[len(_ARRAYS):len(_ARRAYS) + len(self.arrays)]
         self._workspace_offsets = np.array(list(self.offsets.values()), np.int64)
         self._workspace_address = None
-        self._progress_bytes = 4 * math.prod(self.arrays["progress"][0])
+        self._cleared_bytes = sum(_align(4 * math.prod(self.arrays[name][0])) for name in _CLEARED)
         self._pointers = [
             slots.ctypes.data + 8 * np.array([names.index(name) for name in parameters], np.uint64)
-            for parameters in _PARAMETERS.values()]
+            for parameters in (_PARAMETERS["quantize"], _PARAMETERS[f"attention_{self.plan.kernel}"])]
 
     def _make_steps(self, arch: str, num_sms: int, ctas: int) -> list[_Step]:
         g, plan = self.geometry, self.plan
@@ -298,7 +323,7 @@ class Launch:
         arguments."""
         launch, memset = _driver()
         if first == 0:
-            memset(self._workspace_address, 0, self._progress_bytes, stream)
+            memset(self._workspace_address, 0, self._cleared_bytes, stream)
         for function, grid_x, grid_y, grid_z, threads, shared_bytes, arguments in self._steps[first:last]:
             launch(function, grid_x, grid_y, grid_z, threads, 1, 1, shared_bytes, stream, arguments, 0)
 
@@ -381,8 +406,13 @@ def _new_launch(q, k, v, out, is_causal, causal_alignment, sm_scale, return_lse,
         head_dim=head_dim, strides=strides, bfloat16=q.dtype == _BFLOAT16,
         aligned=aligned and head_dim % 8 == 0, is_causal=is_causal, causal_alignment=causal_alignment,
         sm_scale=head_dim ** -0.5 if sm_scale is None else sm_scale, return_lse=return_lse, smooth_k=smooth_k)
-    num_sms = cupy.cuda.runtime.deviceGetAttribute(cupy.cuda.runtime.cudaDevAttrMultiProcessorCount, device)
-    return Launch(geometry, make_plan(jit.family_of(arch), head_dim, kernel), arch, num_sms)
+    return Launch(geometry, make_plan(jit.family_of(arch), head_dim, kernel), arch, _num_sms(device))
+
+
+def _num_sms(device: int) -> int:
+    from cupy.cuda import runtime
+
+    return runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, device)
 
 
 class Prepared:

@@ -32,8 +32,11 @@ def main(arguments=None):
     parser.add_argument("--kernel", choices=strategies.KERNELS, default="mma")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--seed", type=strategies.seed_of, default=0, help='a number, or "random"')
+    parser.add_argument("--sms", type=int, help="pretend that the GPU has so many: its kernels then share items")
     parser.add_argument("--json", metavar="FILE", help="also write what is printed")
     options = parser.parse_args(arguments)
+    if options.sms:
+        launch._num_sms, launch._CUT_TILES = lambda device: options.sms, 0
     with multiprocessing.get_context("fork").Pool(options.workers) as pool:  # before CUDA starts
         record = soak(pool, options)
     print(json.dumps(record, indent=1))
@@ -66,7 +69,8 @@ def soak(pool, options):
                 report(problem, plan, actual, expected)
     gpu = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
     return {
-        "command": f"python -m tests.soak --examples {options.examples} --kernel {options.kernel} --seed {options.seed}",
+        "command": f"python -m tests.soak --examples {options.examples} --kernel {options.kernel} --seed {options.seed}"
+        + (f" --sms {options.sms}" if options.sms else ""),
         "gpu": gpu, "driver": cupy.cuda.runtime.driverGetVersion(), "arch": arch,
         "cupy": cupy.__version__, "numpy": np.__version__, "nvrtc": ".".join(map(str, jit.nvrtc_version())),
         "problems": len(problems), "values": values, "differing_bits": differing_bits,

@@ -17,7 +17,7 @@ from hypothesis import given, seed, settings
 from strategies import Problem, problems
 
 import sagepp
-from sagepp import jit
+from sagepp import jit, launch
 from sagepp.plan import make_plan
 
 pytestmark = pytest.mark.gpu
@@ -108,6 +108,32 @@ def test_output_and_lse_are_those_of_the_reference(kernel, shard):
 ], ids=repr)  # fmt: skip
 def test_chosen_problems(kernel, problem):
     check(problem, kernel)
+
+
+@pytest.mark.parametrize("kernel", ["wgmma", "wgmma_fast"])
+@pytest.mark.parametrize("num_sms", [2, 4, 7])
+@pytest.mark.parametrize("problem", [
+    Problem(heads_kv=3, group=3, seq_q=300, seq_kv=1700, head_dim=128),
+    Problem(batch=3, heads_kv=5, seq_q=150, seq_kv=1025, head_dim=64, kinds=("rising", "rising", "normal")),
+    Problem(heads_kv=3, seq_q=333, seq_kv=1900, head_dim=200, kinds=("normal", "spiked rows", "heavy tails")),
+    Problem(heads_kv=11, seq_q=130, seq_kv=513, kinds=("not finite", "not finite", "not finite")),
+], ids=repr)  # fmt: skip
+def test_a_cta_continues_what_another_began(kernel, num_sms, problem, monkeypatch):
+    """`Schedule` of attention_wgmma.cu, on as many SMs as make it cut items in two; a second launch like the first."""
+    import cupy
+
+    plan = plan_of(kernel, problem.head_dim)
+    monkeypatch.setattr(launch, "_num_sms", lambda device: num_sms)
+    monkeypatch.setattr(launch, "_CUT_TILES", 0)
+    prepared = launch.prepare(*map(cupy.asarray, problem.arrays()), return_lse=True, kernel=kernel, **problem.options())
+    assert prepared._launch.shared_items > num_sms  # of 27, 15, 9 and 11 items
+    expected = strategies.by_reference(problem, plan)
+    prepared.quantize()
+    for _ in range(2):
+        prepared.o.fill(np.nan)
+        prepared.lse.fill(np.nan)
+        prepared.attend()
+        assert_same([cupy.asnumpy(x) for x in (prepared.o, prepared.lse)], expected, plan, problem)
 
 
 @each_kernel

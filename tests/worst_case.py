@@ -55,7 +55,8 @@ def signs(plan, keys, rng):
         pattern[:, : len(runs)] = np.transpose(runs)
         pattern *= rng.choice([-1, 1], plan.head_dim)
         pairs += [pattern, -pattern]
-    in_order = np.concatenate(pairs).reshape(-1, plan.block_n, plan.head_dim)
+    in_order = np.roll(np.concatenate(pairs), -plan.block_n, axis=0)  # the first interval is a tile shorter
+    in_order = in_order.reshape(-1, plan.block_n, plan.head_dim)
     of_key = np.empty_like(in_order)
     of_key[:, quantize.v_order(plan)] = in_order
     return of_key.reshape(keys, plan.head_dim)

@@ -9,6 +9,7 @@
 //
 // Grid at most one CTA an SM, block 128 (NUM_WARPGROUPS + 1), DYNAMIC_SHARED_BYTES of dynamic shared memory.
 
+#include "schedule.cuh"
 #include "softmax.cuh"
 #include "wgmma.cuh"
 
@@ -31,7 +32,6 @@ constexpr int O_CHANNELS = HEAD_DIM <= 128 ? HEAD_DIM : 160, O_SHARED_CHANNELS =
 static_assert(O_CHANNELS % 32 == 0, "32 channels are written at a time");
 static_assert(O_SHARED_CHANNELS <= O_CHANNELS, "these are written from the registers of those");
 
-constexpr int UNROLLED = PROMOTE_EVERY < 4 ? PROMOTE_EVERY : 4;  // tiles of the main loop
 static_assert(UNROLLED % 2 == 0, "the two buffers of P take turns");
 static_assert(PROMOTE_EVERY % UNROLLED == 0, "an interval begins where the main loop does");
 static_assert(STAGES >= 3, "Q K^T of tile j + 1 is issued before P V of tile j - 1 has ended");
@@ -40,56 +40,6 @@ constexpr int Q_BYTES = BLOCK_M * HEAD_DIM;
 constexpr int K_BYTES = BLOCK_N * HEAD_DIM;
 constexpr int V_BYTES = BLOCK_N * V_ROWS;
 constexpr int align_up(int bytes, int to) { return (bytes + to - 1) / to * to; }
-
-struct Problem {
-    int num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset;
-    int num_heads;      // batch * num_heads_q
-    int shared_items;   // of `Schedule`
-
-    __device__ int num_row_blocks() const { return (seq_q + BLOCK_M - 1) / BLOCK_M; }
-    __device__ int num_key_tiles() const { return (seq_kv + BLOCK_N - 1) / BLOCK_N; }
-};
-
-// A block of query rows of one head, and the key tiles that it sees.
-struct WorkItem {
-    int head;       // batch * num_heads_q + head
-    int kv_head;    // batch * num_heads_kv + KV head
-    int row_block;
-    int num_tiles;       // tiles that some row sees
-    int num_full_tiles;  // tiles that every row sees, as far as they go
-    int num_plain_tiles;  // of those, the ones without absent keys: nothing to mask
-
-    WorkItem() = default;
-    __device__ WorkItem(const Problem& problem, unsigned index) {
-        const unsigned heads = problem.num_heads;
-        if (CAUSAL) {  // the longest first
-            row_block = problem.num_row_blocks() - 1 - index / heads;
-            head = index % heads;
-        } else {
-            row_block = index % problem.num_row_blocks();
-            head = index / problem.num_row_blocks();
-        }
-        int b = head / problem.num_heads_q, h = head % problem.num_heads_q;
-        kv_head = b * problem.num_heads_kv + h / (problem.num_heads_q / problem.num_heads_kv);
-        num_tiles = num_full_tiles = problem.num_key_tiles();
-        if (CAUSAL) {
-            int first = row_block * BLOCK_M + problem.causal_offset + 1;  // keys that the first row sees
-            int last = min(row_block * BLOCK_M + BLOCK_M, problem.seq_q) + problem.causal_offset;
-            if (first < problem.seq_kv) num_full_tiles = max(first, 0) / BLOCK_N;
-            num_tiles = min(num_tiles, (max(last, 0) + BLOCK_N - 1) / BLOCK_N);
-        }
-        num_plain_tiles = min(num_full_tiles, problem.seq_kv / BLOCK_N);
-    }
-};
-
-// A work item, or the tiles of it from `begin` on and before `end`; multiples of UNROLLED, but for the last.
-struct Part {
-    WorkItem item;
-    int begin, end;
-
-    __device__ bool continues() const { return begin > 0; }  // what another CTA has begun
-    __device__ bool is_last() const { return end == item.num_tiles; }
-};
 
 // What a consumer needs of a work item beside Q.
 struct __align__(16) ItemScales {
@@ -120,69 +70,15 @@ enum Barrier { Q_FULL, Q_EMPTY = Q_FULL + Q_BUFFERS, FULL = Q_EMPTY + Q_BUFFERS,
 static_assert(Q_BYTES % 1024 == 0 && BARRIER_OFFSET + NUM_BARRIERS * 8 == DYNAMIC_SHARED_BYTES,
               "sagepp/launch.py counts the same");
 
+extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+
+__device__ __forceinline__ ItemScales* item_scales() {
+    return reinterpret_cast<ItemScales*>(dynamic_shared + ITEM_OFFSET);
+}
+
 __device__ __forceinline__ unsigned barrier(unsigned shared, int which) {
     return shared + BARRIER_OFFSET + 8 * which;
 }
-
-// Position in a ring of stages: the index and the parity of the barriers' current phase.
-struct RingPosition {
-    int stage = 0;
-    unsigned parity = 0;
-    __device__ void advance() {
-        if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
-// What this CTA does, and in which order.
-//
-// Causal items come in order of length; going back and forth through them gives every CTA about the same sum. Others
-// are of one length. The first `shared_items` of them, less than two a CTA, stand in a line that is cut into equal
-// shares (McNaughton's wrap-around rule): a share ends with the first tiles of an item, which are done before all else,
-// so that the next CTA, which does the rest of that item last, need not wait for them. It would wait for an earlier
-// CTA only, which has started before.
-struct Schedule {
-    const Problem& problem;
-    int num_items, num_tiles;
-
-    __device__ explicit Schedule(const Problem& problem)
-        : problem(problem), num_items(problem.num_heads * problem.num_row_blocks()), num_tiles(problem.num_key_tiles()) {}
-
-    // Where the share of CTA number `cta` begins: item, and tile of it.
-    __device__ int2 share(int cta) const {
-        long long tile = static_cast<long long>(problem.shared_items) * num_tiles * cta / gridDim.x;
-        int item = tile / num_tiles;
-        return make_int2(item, static_cast<int>(tile % num_tiles) / UNROLLED * UNROLLED);
-    }
-
-    // The n-th part, if there is one.
-    __device__ bool part(int n, Part& part) const {
-        const int cta = blockIdx.x, ctas = gridDim.x;
-        if (CAUSAL || problem.shared_items == 0) {
-            int index = n * ctas + (CAUSAL && n % 2 ? ctas - 1 - cta : cta);
-            return index < num_items && whole(index, part);
-        }
-        const int2 first = share(cta), last = share(cta + 1);
-        if (last.y > 0 && n-- == 0) return piece(last.x, 0, last.y, part);
-        const int rounds = (num_items - problem.shared_items) / ctas;
-        if (n < rounds) return whole(problem.shared_items + n * ctas + cta, part);
-        const int index = first.x + (first.y > 0) + n - rounds;
-        if (index < last.x) return whole(index, part);
-        return index == last.x && first.y > 0 && piece(first.x, first.y, num_tiles, part);
-    }
-
-    __device__ bool piece(int index, int begin, int end, Part& part) const {
-        part = Part{WorkItem(problem, index), begin, end};
-        return true;
-    }
-    __device__ bool whole(int index, Part& part) const {
-        part.item = WorkItem(problem, index);
-        part.begin = 0, part.end = part.item.num_tiles;
-        return true;
-    }
-};
 
 // ---- producer ----------------------------------------------------------------------------------
 
@@ -190,17 +86,17 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
                                         const float* q_scale, const float* q_mean_dot, const signed char* k_codes,
                                         const float* k_scale, const float* k_scale_max,
                                         const unsigned char* v_codes, const float* v_scale,
-                                        const float* v_offset, ItemScales* scales, const Problem& problem,
+                                        const float* v_offset, const Problem& problem,
                                         unsigned* arrivals) {
     const int key_tiles = problem.num_key_tiles();
     const Schedule schedule(problem);
-    RingPosition ring;
+    RingPosition<STAGES> ring;
     for (int n = 0;; ++n) {
         int buffer = n % Q_BUFFERS;
         if (n >= Q_BUFFERS) mbarrier_wait(barrier(shared, Q_EMPTY + buffer), (n / Q_BUFFERS - 1) & 1);
         Part part;
         if (!schedule.part(n, part)) {
-            scales[buffer].part.item.head = -1;
+            item_scales()[buffer].part.item.head = -1;
             mbarrier_arrive(barrier(shared, Q_FULL + buffer));
             return;
         }
@@ -212,7 +108,7 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
         }
         long long q_tile = static_cast<long long>(item.head) * problem.num_row_blocks() + item.row_block;
         long long kv_head = item.kv_head, offset = kv_head * (key_tiles + 1) + item.num_full_tiles;
-        ItemScales& destination = scales[buffer];
+        ItemScales& destination = item_scales()[buffer];
         unsigned q_full = barrier(shared, Q_FULL + buffer);
         destination.part = part;
         destination.k_scale_max = k_scale_max[kv_head];
@@ -381,9 +277,8 @@ __device__ __forceinline__ bool begins_interval(int tile) { return (tile + 1) % 
 struct Consumer {
     const Problem& problem;
     const unsigned shared;
-    float4* const o_shared;  // what follows after o[]: four numbers, every CONSUMER_THREADS float4
     unsigned q;         // descriptor of the warpgroup's rows of Q
-    RingPosition ring;  // of the next tile whose Q K^T will be issued
+    RingPosition<STAGES> ring;  // of the next tile whose Q K^T will be issued
     float k_scale;      // of the latest one
     Row row[2];
     unsigned s[BLOCK_N / 2];  // S: integer scores as they arrive (step 6)
@@ -391,13 +286,18 @@ struct Consumer {
     unsigned t[V_ROWS / 4];   // T of a promotion interval, FP16 pairs; the last group is the row sum
     float o[O_CHANNELS / 2];  // O: o[4i + 2r + e] has the channel of half e of t[2i + r]
 
+    // What follows after o[], in shared memory: four numbers, every CONSUMER_THREADS float4.
+    __device__ float4* o_shared() {
+        return reinterpret_cast<float4*>(dynamic_shared + O_OFFSET) + thread_index() - 128;
+    }
+
     // f(o, i) of o[4i] .. o[4i + 3], which it may change, for the whole of O.
     template <class F> __device__ void update_o(F f) {
 #pragma unroll
         for (int i = 0; i < O_CHANNELS / 8; ++i) f(o + 4 * i, i);
 #pragma unroll
         for (int i = 0; i < O_SHARED_CHANNELS / 8; ++i) {
-            float4* group = o_shared + i * CONSUMER_THREADS;
+            float4* group = o_shared() + i * CONSUMER_THREADS;
             float x[4] = {group->x, group->y, group->z, group->w};
             f(x, O_CHANNELS / 8 + i);
             *group = make_float4(x[0], x[1], x[2], x[3]);
@@ -408,7 +308,7 @@ struct Consumer {
     __device__ void load_o() {
 #pragma unroll
         for (int i = 0; i < O_SHARED_CHANNELS / 8; ++i) {
-            float4 x = o_shared[i * CONSUMER_THREADS];
+            float4 x = o_shared()[i * CONSUMER_THREADS];
             o[4 * i] = x.x, o[4 * i + 1] = x.y, o[4 * i + 2] = x.z, o[4 * i + 3] = x.w;
         }
     }
@@ -620,14 +520,13 @@ struct Handover {
     float sums[HEAD_DIM / 2 + 4 + V_ROWS / 4][CONSUMER_THREADS];
 };
 
-__device__ __forceinline__ void consume(unsigned shared, const ItemScales* item_scales, float4* o_shared,
-                                        const Output& out, const Problem& problem, Handover* handovers,
+__device__ __forceinline__ void consume(unsigned shared, const Output& out, const Problem& problem, Handover* handovers,
                                         unsigned* arrivals, float sm_scale) {
     int warpgroup = __shfl_sync(FULL_MASK, threadIdx.x / 128, 0) - 1;
-    Consumer consumer{problem, shared, o_shared + threadIdx.x - 128};
+    Consumer consumer{problem, shared};
     for (int n = 0;; ++n) {
         int buffer = n % Q_BUFFERS;
-        const ItemScales& scales = item_scales[buffer];
+        const ItemScales& scales = item_scales()[buffer];
         const Part& part = scales.part;
         const WorkItem& item = part.item;
         consumer.q = descriptor_low(shared + buffer * Q_BYTES + warpgroup * 64 * PANEL, 16);
@@ -684,9 +583,7 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
           long long o_stride_s, int batch, int num_heads_q, int num_heads_kv, int seq_q, int seq_kv,
           int head_dim, int causal_offset, float sm_scale, Handover* handovers, unsigned* arrivals,
           int shared_items) {
-    extern __shared__ __align__(1024) unsigned char dynamic_shared[];
     unsigned shared = shared_address(dynamic_shared);
-    ItemScales* item_scales = reinterpret_cast<ItemScales*>(dynamic_shared + ITEM_OFFSET);
     Problem problem{num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset, batch * num_heads_q, shared_items};
     if (threadIdx.x == 0) {
         for (int buffer = 0; buffer < Q_BUFFERS; ++buffer) {
@@ -707,11 +604,11 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
         registers_lower<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0)
             produce(shared, q_codes, q_scale, q_mean_dot, k_codes, k_scale, k_scale_max, v_codes, v_scale, v_offset,
-                    item_scales, problem, arrivals);
+                    problem, arrivals);
     } else {
         registers_raise<CONSUMER_REGISTERS>();
         Output out{o, lse, o_stride_b, o_stride_h, o_stride_s, head_dim};
-        consume(shared, item_scales, reinterpret_cast<float4*>(dynamic_shared + O_OFFSET), out, problem,
+        consume(shared, out, problem,
                 handovers, arrivals, sm_scale);
     }
 }

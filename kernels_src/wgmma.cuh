@@ -43,6 +43,18 @@ __device__ __forceinline__ void bulk_copy(unsigned destination, const void* sour
             "r"(destination), "l"(source), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// Position in a ring of stages: the index, and the parity of its barriers' current phase.
+template <int COUNT> struct RingPosition {
+    int stage = 0;
+    unsigned parity = 0;
+    __device__ void advance() {
+        if (++stage == COUNT) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
 // ---- roles -------------------------------------------------------------------------------------
 
 template <int REGISTERS> __device__ __forceinline__ void registers_raise() {

@@ -1,0 +1,105 @@
+// What the persistent CTAs of attention_wgmma.cu do: work items, and how they are dealt out.
+//
+// Compiled with: BLOCK_M, BLOCK_N, PROMOTE_EVERY, CAUSAL.
+#pragma once
+
+// Tiles of the main loop; items are cut between such groups.
+constexpr int UNROLLED = PROMOTE_EVERY < 4 ? PROMOTE_EVERY : 4;
+
+struct Problem {
+    int num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset;
+    int num_heads;     // batch * num_heads_q
+    int shared_items;  // of `Schedule`
+
+    __device__ int num_row_blocks() const { return (seq_q + BLOCK_M - 1) / BLOCK_M; }
+    __device__ int num_key_tiles() const { return (seq_kv + BLOCK_N - 1) / BLOCK_N; }
+};
+
+// A block of query rows of one head, and the key tiles that it sees.
+struct WorkItem {
+    int head;       // batch * num_heads_q + head
+    int kv_head;    // batch * num_heads_kv + KV head
+    int row_block;
+    int num_tiles;       // tiles that some row sees
+    int num_full_tiles;  // tiles that every row sees, as far as they go
+    int num_plain_tiles;  // of those, the ones without absent keys: nothing to mask
+
+    WorkItem() = default;
+    __device__ WorkItem(const Problem& problem, unsigned index) {
+        const unsigned heads = problem.num_heads;
+        if (CAUSAL) {  // the longest first
+            row_block = problem.num_row_blocks() - 1 - index / heads;
+            head = index % heads;
+        } else {
+            row_block = index % problem.num_row_blocks();
+            head = index / problem.num_row_blocks();
+        }
+        int b = head / problem.num_heads_q, h = head % problem.num_heads_q;
+        kv_head = b * problem.num_heads_kv + h / (problem.num_heads_q / problem.num_heads_kv);
+        num_tiles = num_full_tiles = problem.num_key_tiles();
+        if (CAUSAL) {
+            int first = row_block * BLOCK_M + problem.causal_offset + 1;  // keys that the first row sees
+            int last = min(row_block * BLOCK_M + BLOCK_M, problem.seq_q) + problem.causal_offset;
+            if (first < problem.seq_kv) num_full_tiles = max(first, 0) / BLOCK_N;
+            num_tiles = min(num_tiles, (max(last, 0) + BLOCK_N - 1) / BLOCK_N);
+        }
+        num_plain_tiles = min(num_full_tiles, problem.seq_kv / BLOCK_N);
+    }
+};
+
+// A work item, or the tiles of it from `begin` on and before `end`: multiples of UNROLLED, but for an item's end.
+struct Part {
+    WorkItem item;
+    int begin, end;
+
+    __device__ bool continues() const { return begin > 0; }  // what another CTA has begun
+    __device__ bool is_last() const { return end == item.num_tiles; }
+};
+
+// What this CTA does, and in which order.
+//
+// Causal items come in order of length; going back and forth through them gives every CTA about the same sum. Others
+// are of one length. The first `shared_items` of them, less than two a CTA, stand in a line that is cut into equal
+// shares (McNaughton's wrap-around rule): a share ends with the first tiles of an item, which are done before all else,
+// so that the next CTA, which does the rest of that item last, need not wait for them. If it does, it is for a CTA that
+// has started before (`wait` in progress.cuh) and waits for nobody at first.
+struct Schedule {
+    const Problem& problem;
+    int num_items, num_tiles;
+
+    __device__ explicit Schedule(const Problem& problem)
+        : problem(problem), num_items(problem.num_heads * problem.num_row_blocks()), num_tiles(problem.num_key_tiles()) {}
+
+    // Where the share of CTA number `cta` begins: item, and tile of it.
+    __device__ int2 share(int cta) const {
+        long long tile = static_cast<long long>(problem.shared_items) * num_tiles * cta / gridDim.x;
+        int item = tile / num_tiles;
+        return make_int2(item, static_cast<int>(tile % num_tiles) / UNROLLED * UNROLLED);
+    }
+
+    // The n-th part, if there is one.
+    __device__ bool part(int n, Part& part) const {
+        const int cta = blockIdx.x, ctas = gridDim.x;
+        if (CAUSAL || problem.shared_items == 0) {
+            int index = n * ctas + (CAUSAL && n % 2 ? ctas - 1 - cta : cta);
+            return index < num_items && whole(index, part);
+        }
+        const int2 first = share(cta), last = share(cta + 1);
+        if (last.y > 0 && n-- == 0) return piece(last.x, 0, last.y, part);
+        const int rounds = (num_items - problem.shared_items) / ctas;
+        if (n < rounds) return whole(problem.shared_items + n * ctas + cta, part);
+        const int index = first.x + (first.y > 0) + n - rounds;
+        if (index < last.x) return whole(index, part);
+        return index == last.x && first.y > 0 && piece(first.x, first.y, num_tiles, part);
+    }
+
+    __device__ bool piece(int index, int begin, int end, Part& part) const {
+        part = Part{WorkItem(problem, index), begin, end};
+        return true;
+    }
+    __device__ bool whole(int index, Part& part) const {
+        part.item = WorkItem(problem, index);
+        part.begin = 0, part.end = part.item.num_tiles;
+        return true;
+    }
+};

@@ -14,7 +14,7 @@
 #include "wgmma.cuh"
 
 constexpr int NUM_WARPGROUPS = BLOCK_M / 64;
-constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = NUM_WARPGROUPS == 2 ? 240 : 160;
+constexpr int PRODUCER_REGISTERS = NUM_WARPGROUPS == 2 ? 40 : 32, CONSUMER_REGISTERS = NUM_WARPGROUPS == 2 ? 232 : 160;
 constexpr int CONSUMER_THREADS = 128 * NUM_WARPGROUPS;
 constexpr int V_ROWS = HEAD_DIM + ROW_SUM_ROWS;
 constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;  // channels that lie together; 128 or 64 bytes of Q and K
@@ -87,41 +87,39 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
                                         const float* k_scale, const float* k_scale_max,
                                         const unsigned char* v_codes, const float* v_scale,
                                         const float* v_offset, const Problem& problem,
-                                        unsigned* arrivals) {
-    const int key_tiles = problem.num_key_tiles();
-    const Schedule schedule(problem);
+                                        unsigned* ticket, unsigned* arrivals) {
+    wait_for_kernel_before();  // the quantiser
     RingPosition<STAGES> ring;
     for (int n = 0;; ++n) {
-        int buffer = n % Q_BUFFERS;
+        const int buffer = n % Q_BUFFERS;
+        const unsigned q_full = barrier(shared, Q_FULL + buffer);
         if (n >= Q_BUFFERS) mbarrier_wait(barrier(shared, Q_EMPTY + buffer), (n / Q_BUFFERS - 1) & 1);
-        Part part;
-        if (!schedule.part(n, part)) {
-            item_scales()[buffer].part.item.head = -1;
-            mbarrier_arrive(barrier(shared, Q_FULL + buffer));
+        ItemScales& destination = item_scales()[buffer];
+        Part& part = destination.part;  // in shared memory: registers are scarce
+        if (!Schedule{problem}.part(n, part, ticket)) {
+            part.item.head = -1;
+            mbarrier_arrive(q_full);
             return;
         }
-        const WorkItem& item = part.item;
         if (part.continues()) {
             unsigned& before = arrivals[blockIdx.x - 1];
             while (load_acquire(&before) < CONSUMER_THREADS / 32) {}
             before = 0;  // for the next launch
         }
-        long long q_tile = static_cast<long long>(item.head) * problem.num_row_blocks() + item.row_block;
-        long long kv_head = item.kv_head, offset = kv_head * (key_tiles + 1) + item.num_full_tiles;
-        ItemScales& destination = item_scales()[buffer];
-        unsigned q_full = barrier(shared, Q_FULL + buffer);
-        destination.part = part;
-        destination.k_scale_max = k_scale_max[kv_head];
+        const int key_tiles = problem.num_key_tiles(), kv_head = part.item.kv_head;
+        destination.k_scale_max = __ldcg(k_scale_max + kv_head);
         mbarrier_arrive_expect_bytes(q_full, Q_BYTES + 4 * ((1 + RETURN_LSE) * BLOCK_M + 2 * HEAD_DIM));
+        const long long q_tile = static_cast<long long>(part.item.head) * problem.num_row_blocks() + part.item.row_block;
         if (RETURN_LSE)
             bulk_copy(shared_address(destination.q_mean_dot), q_mean_dot + q_tile * BLOCK_M, 4 * BLOCK_M, q_full);
         bulk_copy(shared + buffer * Q_BYTES, q_codes + q_tile * Q_BYTES, Q_BYTES, q_full);
         bulk_copy(shared_address(destination.q_scale), q_scale + q_tile * BLOCK_M, 4 * BLOCK_M, q_full);
         bulk_copy(shared_address(destination.v_scale), v_scale + kv_head * HEAD_DIM, 4 * HEAD_DIM, q_full);
+        const long long offset = kv_head * (key_tiles + 1LL) + part.item.num_full_tiles;
         bulk_copy(shared_address(destination.v_offset), v_offset + offset * HEAD_DIM, 4 * HEAD_DIM, q_full);
-        for (int j = part.begin; j < part.end; ++j, ring.advance()) {
-            unsigned full = barrier(shared, FULL + ring.stage), stage = shared + ring.stage * STAGE_BYTES;
-            long long tile = kv_head * key_tiles + j;
+        long long tile = static_cast<long long>(kv_head) * key_tiles + part.begin;
+        for (int tiles = part.end - part.begin; tiles > 0; --tiles, ++tile, ring.advance()) {
+            const unsigned full = barrier(shared, FULL + ring.stage), stage = shared + ring.stage * STAGE_BYTES;
             mbarrier_wait(barrier(shared, EMPTY + ring.stage), ring.parity ^ 1);
             mbarrier_arrive_expect_bytes(full, K_BYTES + 16 + V_BYTES);
             bulk_copy(stage + K_OFFSET, k_codes + tile * K_BYTES, K_BYTES, full);
@@ -581,8 +579,8 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
           const float* k_scale, const float* k_scale_max, const unsigned char* v_codes, const float* v_scale,
           const float* v_offset, void* o, float* lse, long long o_stride_b, long long o_stride_h,
           long long o_stride_s, int batch, int num_heads_q, int num_heads_kv, int seq_q, int seq_kv,
-          int head_dim, int causal_offset, float sm_scale, Handover* handovers, unsigned* arrivals,
-          int shared_items) {
+          int head_dim, int causal_offset, float sm_scale, unsigned* ticket, Handover* handovers,
+          unsigned* arrivals, int shared_items) {
     unsigned shared = shared_address(dynamic_shared);
     Problem problem{num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset, batch * num_heads_q, shared_items};
     if (threadIdx.x == 0) {
@@ -604,11 +602,10 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
         registers_lower<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0)
             produce(shared, q_codes, q_scale, q_mean_dot, k_codes, k_scale, k_scale_max, v_codes, v_scale, v_offset,
-                    problem, arrivals);
+                    problem, ticket, arrivals);
     } else {
         registers_raise<CONSUMER_REGISTERS>();
         Output out{o, lse, o_stride_b, o_stride_h, o_stride_s, head_dim};
-        consume(shared, out, problem,
-                handovers, arrivals, sm_scale);
+        consume(shared, out, problem, handovers, arrivals, sm_scale);
     }
 }

@@ -483,6 +483,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
     float* v_inverse, float* v_scale, signed char* q_codes, float* q_scale, float* q_mean_dot, signed char* k_codes, float* k_scale,
     float* k_scale_max, unsigned char* v_codes, unsigned* lost, float* v_offset, int batch, int num_heads_q,
     int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale, int lead) {
+    next_kernel_may_start();
     __shared__ __align__(16) Shared shared;
     const Keys keys_k(seq_kv, false), keys_v(seq_kv, true);
     const unsigned k_chunks = keys_k.chunks, statistics_ctas = k_chunks + keys_v.chunks;

@@ -12,6 +12,8 @@ struct Problem {
     int shared_items;  // of `Schedule`
 
     __device__ int num_row_blocks() const { return (seq_q + BLOCK_M - 1) / BLOCK_M; }
+    // Heads whose causal items come last, and mixed.
+    __device__ int last_heads() const { return min(num_heads, 4 * static_cast<int>(gridDim.x) / num_row_blocks() + 1); }
     __device__ int num_key_tiles() const { return (seq_kv + BLOCK_N - 1) / BLOCK_N; }
 };
 
@@ -26,13 +28,15 @@ struct WorkItem {
 
     WorkItem() = default;
     __device__ WorkItem(const Problem& problem, unsigned index) {
-        const unsigned heads = problem.num_heads;
-        if (CAUSAL) {  // the longest first
-            row_block = problem.num_row_blocks() - 1 - index / heads;
-            head = index % heads;
-        } else {
-            row_block = index % problem.num_row_blocks();
-            head = index / problem.num_row_blocks();
+        const unsigned row_blocks = problem.num_row_blocks();
+        head = index / row_blocks, row_block = index % row_blocks;
+        if (CAUSAL) {
+            const unsigned heads = problem.last_heads(), first = problem.num_heads - heads;
+            if (head >= static_cast<int>(first)) {
+                index -= first * row_blocks;
+                head = first + index % heads, row_block = index / heads;
+            }
+            row_block = row_blocks - 1 - row_block;  // the longest first
         }
         int b = head / problem.num_heads_q, h = head % problem.num_heads_q;
         kv_head = b * problem.num_heads_kv + h / (problem.num_heads_q / problem.num_heads_kv);
@@ -58,39 +62,39 @@ struct Part {
 
 // What this CTA does, and in which order.
 //
-// Causal items come in order of length; going back and forth through them gives every CTA about the same sum. Others
-// are of one length. The first `shared_items` of them, less than two a CTA, stand in a line that is cut into equal
-// shares (McNaughton's wrap-around rule): a share ends with the first tiles of an item, which are done before all else,
-// so that the next CTA, which does the rest of that item last, need not wait for them. If it does, it is for a CTA that
-// has started before (`wait` in progress.cuh) and waits for nobody at first.
+// Causal items differ in length, so a CTA takes the next one when it is done. They come head after head, so that L2 keeps
+// K and V, and of a head the longest come first; but those of the last heads are mixed: the shortest are left for the end.
+//
+// Others are of one length, and are dealt out beforehand where that pays. The last `shared_items` of them, less than two a
+// CTA, stand in a line that is cut into equal shares (McNaughton's wrap-around rule): a share ends with the first tiles of
+// an item, which are done before the rest of the share, so that the next CTA, which does the rest of that item last, need
+// not wait for them. If it does, it is for a CTA that has started before, and that waits for nobody until then.
 struct Schedule {
     const Problem& problem;
-    int num_items, num_tiles;
 
-    __device__ explicit Schedule(const Problem& problem)
-        : problem(problem), num_items(problem.num_heads * problem.num_row_blocks()), num_tiles(problem.num_key_tiles()) {}
-
-    // Where the share of CTA number `cta` begins: item, and tile of it.
+    // Where the share of CTA number `cta` begins: item of the line, and tile of it.
     __device__ int2 share(int cta) const {
-        long long tile = static_cast<long long>(problem.shared_items) * num_tiles * cta / gridDim.x;
-        int item = tile / num_tiles;
-        return make_int2(item, static_cast<int>(tile % num_tiles) / UNROLLED * UNROLLED);
+        const int num_tiles = problem.num_key_tiles();
+        const long long tile = static_cast<long long>(problem.shared_items) * num_tiles * cta / gridDim.x;
+        return make_int2(tile / num_tiles, static_cast<int>(tile % num_tiles) / UNROLLED * UNROLLED);
     }
 
-    // The n-th part, if there is one.
-    __device__ bool part(int n, Part& part) const {
-        const int cta = blockIdx.x, ctas = gridDim.x;
+    // The n-th part, if there is one; n = 0, 1, ... in turn. `ticket`: the next causal item.
+    __device__ bool part(int n, Part& part, unsigned* ticket) const {
+        const int cta = blockIdx.x, ctas = gridDim.x, num_items = problem.num_heads * problem.num_row_blocks();
         if (CAUSAL || problem.shared_items == 0) {
-            int index = n * ctas + (CAUSAL && n % 2 ? ctas - 1 - cta : cta);
+            const int index = atomicAdd(ticket, 1);
+            if (index == num_items + ctas - 1) *ticket = 0;  // nobody asks after this: for the next launch
             return index < num_items && whole(index, part);
         }
+        const int line = num_items - problem.shared_items, rounds = line / ctas;
+        if (n < rounds) return whole(n * ctas + cta, part);
+        n -= rounds;
         const int2 first = share(cta), last = share(cta + 1);
-        if (last.y > 0 && n-- == 0) return piece(last.x, 0, last.y, part);
-        const int rounds = (num_items - problem.shared_items) / ctas;
-        if (n < rounds) return whole(problem.shared_items + n * ctas + cta, part);
-        const int index = first.x + (first.y > 0) + n - rounds;
-        if (index < last.x) return whole(index, part);
-        return index == last.x && first.y > 0 && piece(first.x, first.y, num_tiles, part);
+        if (last.y > 0 && n-- == 0) return piece(line + last.x, 0, last.y, part);
+        const int index = first.x + (first.y > 0) + n;
+        if (index < last.x) return whole(line + index, part);
+        return index == last.x && first.y > 0 && piece(line + first.x, first.y, problem.num_key_tiles(), part);
     }
 
     __device__ bool piece(int index, int begin, int end, Part& part) const {

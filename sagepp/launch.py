@@ -10,19 +10,18 @@ writes a handful of addresses and calls the driver three times, without CuPy's a
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import struct
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import Iterator, NamedTuple
+from typing import Iterator
 
 import ml_dtypes
 import numpy as np
 
-from . import jit
+from . import driver, jit
 from .plan import Plan, head_dims, kernels, make_plan
 
 # As in `kernels_src/quantize.cu` and `statistics.cuh`.
@@ -42,7 +41,7 @@ _PARAMETERS = {
         o lse o_stride_b o_stride_h o_stride_s batch num_heads_q num_heads_kv seq_q seq_kv head_dim
         causal_offset sm_scale""",
 }
-_PARAMETERS["attention_wgmma"] = _PARAMETERS["attention_mma"] + " handovers arrivals shared_items"
+_PARAMETERS["attention_wgmma"] = _PARAMETERS["attention_mma"] + " ticket handovers arrivals shared_items"
 _PARAMETERS = {kernel: tuple(names.split()) for kernel, names in _PARAMETERS.items()}
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -179,6 +178,7 @@ def _workspace(geometry: Geometry, plan: Plan, handovers: int) -> dict[str, tupl
     rows = ((heads_q, q_tiles * plan.block_m), np.float32)
     return {
         "progress": ((heads_kv, 4), np.uint32),  # struct Progress
+        "ticket": ((1,), np.uint32),  # the next work item of the attention kernel
         "arrivals": ((handovers,), np.uint32),
         "chunks": ((heads_kv, 2, SUM_CHUNKS, 2 * d), np.float32),  # K, V; struct ChunkStatistics
         "k_mean": channels, "k_factor": channels, "k_addend": channels, "q_factor": channels,
@@ -192,11 +192,12 @@ def _workspace(geometry: Geometry, plan: Plan, handovers: int) -> dict[str, tupl
         "v_codes": ((heads_kv, kv_tiles, n // chunk_keys, d + _row_sum_rows(plan), 16), np.uint8),
         "lost": ((heads_kv, kv_tiles, d), np.uint32),
         "v_offset": ((heads_kv, kv_tiles + 1, d), np.float32),
-        "handovers": ((handovers, d // 2 + 4 + (d + _row_sum_rows(plan)) // 4, 2 * plan.block_m), np.float32),  # struct Handover
+        "handovers": ((handovers, d // 2 + 4 + (d + _row_sum_rows(plan)) // 4, 2 * plan.block_m),
+                      np.float32),  # struct Handover
     }
 
 
-_CLEARED = ("progress", "arrivals")  #: the first arrays, which are 0 before each call
+_CLEARED = ("progress", "ticket", "arrivals")  #: the first arrays, which are 0 before each call
 
 
 def _q_cta_rows(plan: Plan) -> int:
@@ -236,9 +237,8 @@ def _shared_items(geometry: Geometry, plan: Plan, ctas: int) -> int:
     g = geometry
     items, tiles = -(-g.seq_q // plan.block_m) * g.num_heads_q * g.batch, -(-g.seq_kv // plan.block_n)
     shared = items % ctas + ctas
-    if plan.kernel == "mma" or g.is_causal or shared == ctas or items < shared or (2 * ctas - shared) * tiles < _CUT_TILES * ctas:
-        return 0
-    return shared
+    pays = items >= shared > ctas and (2 * ctas - shared) * tiles >= _CUT_TILES * ctas
+    return shared if plan.kernel == "wgmma" and not g.is_causal and pays else 0
 
 
 def _statistics_ctas(plan: Plan, seq_kv: int) -> int:
@@ -252,33 +252,21 @@ def _align(n: int, to: int = 256) -> int:
     return -(-n // to) * to
 
 
-class _Step(NamedTuple):
-    """What `cuLaunchKernel` wants to know, but for the arguments."""
-
-    function: int
-    grid_x: int
-    grid_y: int
-    grid_z: int
-    threads: int  #: a CTA
-    shared_bytes: int  #: dynamic shared memory a CTA
-
-
 class Launch:
     """The launches of one geometry. One thread at a time may use it: it holds the kernel arguments."""
 
     def __init__(self, geometry: Geometry, plan: Plan, arch: str, num_sms: int):
         self.geometry, self.plan = geometry, plan
-        (ctas, _, _), _ = attention_grid(plan, geometry.batch, geometry.num_heads_q, geometry.seq_q, num_sms)
-        self.shared_items = shared_items = _shared_items(geometry, plan, ctas)
-        self.arrays = _workspace(geometry, plan, ctas if shared_items else 0)
+        (ctas, *_), _ = attention_grid(plan, geometry.batch, geometry.num_heads_q, geometry.seq_q, num_sms)
+        self.shared_items = _shared_items(geometry, plan, ctas)
+        self.arrays = _workspace(geometry, plan, ctas if self.shared_items else 0)
         self.offsets, self.workspace_bytes = {}, 0
         for name, (shape, dtype) in self.arrays.items():
             self.offsets[name] = self.workspace_bytes
             self.workspace_bytes += _align(math.prod(shape) * np.dtype(dtype).itemsize)
-        ctas, lead = _quantize_grid(geometry, plan, num_sms)
-        self._write_arguments({**geometry.scalars(plan), "lead": lead, "shared_items": shared_items})
-        self._steps = [(*step, pointers.ctypes.data) for step, pointers in
-                       zip(self._make_steps(arch, num_sms, ctas), self._pointers)]
+        quantize_ctas, lead = _quantize_grid(geometry, plan, num_sms)
+        self._write_arguments({**geometry.scalars(plan), "lead": lead, "shared_items": self.shared_items})
+        self._quantize, self._attention = self._make_launches(arch, num_sms, quantize_ctas)
 
     def _write_arguments(self, scalars) -> None:
         """One 8-byte slot an argument (CUDA is little-endian), and for each kernel pointers to its own."""
@@ -297,19 +285,22 @@ class Launch:
             slots.ctypes.data + 8 * np.array([names.index(name) for name in parameters], np.uint64)
             for parameters in (_PARAMETERS["quantize"], _PARAMETERS[f"attention_{self.plan.kernel}"])]
 
-    def _make_steps(self, arch: str, num_sms: int, ctas: int) -> list[_Step]:
+    def _make_launches(self, arch: str, num_sms: int, quantize_ctas: int):
         g, plan = self.geometry, self.plan
-        defines = quantize_defines(plan, bfloat16=g.bfloat16, return_lse=g.return_lse,
-                                   smooth_k=g.smooth_k, aligned=g.aligned)
-        function = jit.get_kernel("quantize.cu", "quantize", arch, defines).kernel.ptr
-        quantize = _Step(function, ctas, 1, 1, 32 * QUANTIZE_WARPS, 0)
+        of_quantize, of_attention = (pointers.ctypes.data for pointers in self._pointers)
+        kernel = jit.get_kernel("quantize.cu", "quantize", arch, quantize_defines(
+            plan, bfloat16=g.bfloat16, return_lse=g.return_lse, smooth_k=g.smooth_k, aligned=g.aligned))
+        quantize = driver.Launch(kernel.kernel.ptr, (quantize_ctas, 1, 1), 32 * QUANTIZE_WARPS, 0, of_quantize)
         shared_bytes = attention_shared_bytes(plan)
         kernel = jit.get_kernel(
             attention_source(plan), "attention", arch,
             attention_defines(plan, bfloat16=g.bfloat16, is_causal=g.is_causal, return_lse=g.return_lse),
             requires_nvrtc=(12, 8) if plan.v_dtype == "e4m3" else (12, 0), dynamic_shared=shared_bytes)
         grid, threads = attention_grid(plan, g.batch, g.num_heads_q, g.seq_q, num_sms)
-        return [quantize, _Step(kernel.kernel.ptr, *grid, threads, shared_bytes)]
+        attention = driver.Launch(kernel.kernel.ptr, grid, threads, shared_bytes, of_attention)
+        if plan.kernel == "wgmma" and driver.can_launch_early():
+            attention = driver.EarlyLaunch(attention)
+        return quantize, attention
 
     def bind(self, q: int, k: int, v: int, o: int, lse: int, workspace: int) -> None:
         """Set the addresses of the arrays."""
@@ -318,21 +309,14 @@ class Launch:
             np.add(self._workspace_offsets, workspace, out=self._workspace_slots)
             self._workspace_address = workspace
 
-    def run(self, stream: int, first: int = 0, last: int = 2) -> None:
-        """Launch the kernels number `first` to `last - 1`: 0 is `quantize`, 1 `attention`. The driver copies the
-        arguments."""
-        launch, memset = _driver()
-        if first == 0:
-            memset(self._workspace_address, 0, self._cleared_bytes, stream)
-        for function, grid_x, grid_y, grid_z, threads, shared_bytes, arguments in self._steps[first:last]:
-            launch(function, grid_x, grid_y, grid_z, threads, 1, 1, shared_bytes, stream, arguments, 0)
+    def quantize(self, stream: int) -> None:
+        """Clear the counters and launch `quantize`."""
+        driver.clear(self._workspace_address, self._cleared_bytes, stream)
+        self._quantize(stream)
 
-
-@functools.lru_cache(maxsize=None)
-def _driver():
-    from cupy_backends.cuda.api import driver, runtime
-
-    return driver.launchKernel, runtime.memsetAsync
+    def attend(self, stream: int) -> None:
+        """Launch the attention kernel."""
+        self._attention(stream)
 
 
 # --- the calls ---------------------------------------------------------------------------------
@@ -369,7 +353,8 @@ def attention(q, k, v, *, is_causal=False, causal_alignment="bottom-right", sm_s
         weakref.finalize(out if out.base is None else out.base, _release, workspace).atexit = False
     launch.bind(q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse.data.ptr if return_lse else 0,
                 workspace.ptr)
-    launch.run(stream.ptr)
+    launch.quantize(stream.ptr)
+    launch.attend(stream.ptr)
     return out, lse
 
 
@@ -409,6 +394,12 @@ def _new_launch(q, k, v, out, is_causal, causal_alignment, sm_scale, return_lse,
     return Launch(geometry, make_plan(jit.family_of(arch), head_dim, kernel), arch, _num_sms(device))
 
 
+def _current_stream() -> int:
+    import cupy
+
+    return cupy.cuda.get_current_stream().ptr
+
+
 def _num_sms(device: int) -> int:
     from cupy.cuda import runtime
 
@@ -437,16 +428,11 @@ class Prepared:
 
     def quantize(self) -> None:
         """The `quantize` kernel, and the memset before it."""
-        self._run(0, 1)
+        self._launch.quantize(_current_stream())
 
     def attend(self) -> None:
         """The attention kernel alone; `quantize` was called before."""
-        self._run(1, 2)
-
-    def _run(self, first, last):
-        import cupy
-
-        self._launch.run(cupy.cuda.get_current_stream().ptr, first, last)
+        self._launch.attend(_current_stream())
 
     def intermediate(self, name: str):
         """An array of the workspace, `cupy.ndarray`, in the layout that the kernels use."""

@@ -5,16 +5,16 @@
 // cores multiply P V of tile j - 1; Q K^T of tile j + 1 is issued as soon as the registers of S are free.
 //
 // Where the work items do not divide into as many equal shares as there are CTAs, some of them are cut in two: a CTA
-// begins with the first tiles of an item, and the next CTA ends with the others (`Schedule`).
+// does the first tiles of an item, and the next CTA ends with the others (`Schedule`).
 //
 // Grid at most one CTA an SM, block 128 (NUM_WARPGROUPS + 1), DYNAMIC_SHARED_BYTES of dynamic shared memory.
 
+#include "output.cuh"
 #include "schedule.cuh"
-#include "softmax.cuh"
 #include "wgmma.cuh"
 
 constexpr int NUM_WARPGROUPS = BLOCK_M / 64;
-constexpr int PRODUCER_REGISTERS = NUM_WARPGROUPS == 2 ? 40 : 32, CONSUMER_REGISTERS = NUM_WARPGROUPS == 2 ? 232 : 160;
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = NUM_WARPGROUPS == 2 ? 240 : 160;
 constexpr int CONSUMER_THREADS = 128 * NUM_WARPGROUPS;
 constexpr int V_ROWS = HEAD_DIM + ROW_SUM_ROWS;
 constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;  // channels that lie together; 128 or 64 bytes of Q and K
@@ -82,20 +82,19 @@ __device__ __forceinline__ unsigned barrier(unsigned shared, int which) {
 
 // ---- producer ----------------------------------------------------------------------------------
 
-__device__ __forceinline__ void produce(unsigned shared, const signed char* q_codes,
-                                        const float* q_scale, const float* q_mean_dot, const signed char* k_codes,
-                                        const float* k_scale, const float* k_scale_max,
-                                        const unsigned char* v_codes, const float* v_scale,
-                                        const float* v_offset, const Problem& problem,
-                                        unsigned* ticket, unsigned* arrivals) {
-    wait_for_kernel_before();  // the quantiser
+// `part`s are written to shared memory and read from there: a producer thread has few registers.
+__device__ __forceinline__ void produce(unsigned shared, const signed char* q_codes, const float* q_scale,
+                                        const float* q_mean_dot, const signed char* k_codes, const float* k_scale,
+                                        const float* k_scale_max, const unsigned char* v_codes, const float* v_scale,
+                                        const float* v_offset, const Problem& problem, unsigned* ticket,
+                                        unsigned* arrivals) {
     RingPosition<STAGES> ring;
     for (int n = 0;; ++n) {
         const int buffer = n % Q_BUFFERS;
         const unsigned q_full = barrier(shared, Q_FULL + buffer);
         if (n >= Q_BUFFERS) mbarrier_wait(barrier(shared, Q_EMPTY + buffer), (n / Q_BUFFERS - 1) & 1);
         ItemScales& destination = item_scales()[buffer];
-        Part& part = destination.part;  // in shared memory: registers are scarce
+        Part& part = destination.part;
         if (!Schedule{problem}.part(n, part, ticket)) {
             part.item.head = -1;
             mbarrier_arrive(q_full);
@@ -106,25 +105,31 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
             while (load_acquire(&before) < CONSUMER_THREADS / 32) {}
             before = 0;  // for the next launch
         }
-        const int key_tiles = problem.num_key_tiles(), kv_head = part.item.kv_head;
-        destination.k_scale_max = __ldcg(k_scale_max + kv_head);
+        const int key_tiles = problem.num_key_tiles();
+        const long long kv_head = part.item.kv_head, q_head = part.item.head;
+        destination.k_scale_max = k_scale_max[kv_head];
         mbarrier_arrive_expect_bytes(q_full, Q_BYTES + 4 * ((1 + RETURN_LSE) * BLOCK_M + 2 * HEAD_DIM));
-        const long long q_tile = static_cast<long long>(part.item.head) * problem.num_row_blocks() + part.item.row_block;
+        const long long q_tile = q_head * problem.num_row_blocks() + part.item.row_block;
         if (RETURN_LSE)
             bulk_copy(shared_address(destination.q_mean_dot), q_mean_dot + q_tile * BLOCK_M, 4 * BLOCK_M, q_full);
         bulk_copy(shared + buffer * Q_BYTES, q_codes + q_tile * Q_BYTES, Q_BYTES, q_full);
         bulk_copy(shared_address(destination.q_scale), q_scale + q_tile * BLOCK_M, 4 * BLOCK_M, q_full);
         bulk_copy(shared_address(destination.v_scale), v_scale + kv_head * HEAD_DIM, 4 * HEAD_DIM, q_full);
-        const long long offset = kv_head * (key_tiles + 1LL) + part.item.num_full_tiles;
+        const long long offset = kv_head * (key_tiles + 1) + part.item.num_full_tiles;
         bulk_copy(shared_address(destination.v_offset), v_offset + offset * HEAD_DIM, 4 * HEAD_DIM, q_full);
-        long long tile = static_cast<long long>(kv_head) * key_tiles + part.begin;
-        for (int tiles = part.end - part.begin; tiles > 0; --tiles, ++tile, ring.advance()) {
+        const long long first = kv_head * key_tiles + part.begin;
+        const signed char* k = k_codes + first * K_BYTES;
+        const unsigned char* v = v_codes + first * V_BYTES;
+        const float* scale = k_scale + first * 4;
+#pragma unroll 2
+        for (int tiles = part.end - part.begin; tiles > 0; --tiles, ring.advance()) {
             const unsigned full = barrier(shared, FULL + ring.stage), stage = shared + ring.stage * STAGE_BYTES;
             mbarrier_wait(barrier(shared, EMPTY + ring.stage), ring.parity ^ 1);
             mbarrier_arrive_expect_bytes(full, K_BYTES + 16 + V_BYTES);
-            bulk_copy(stage + K_OFFSET, k_codes + tile * K_BYTES, K_BYTES, full);
-            bulk_copy(shared + SCALE_OFFSET + 16 * ring.stage, k_scale + 4 * tile, 16, full);
-            bulk_copy(stage + V_OFFSET, v_codes + tile * V_BYTES, V_BYTES, full);
+            bulk_copy(stage + K_OFFSET, k, K_BYTES, full);
+            bulk_copy(shared + SCALE_OFFSET + 16 * ring.stage, scale, 16, full);
+            bulk_copy(stage + V_OFFSET, v, V_BYTES, full);
+            k += K_BYTES, scale += 4, v += V_BYTES;
         }
     }
 }
@@ -213,60 +218,6 @@ __device__ __forceinline__ void issue_pv(unsigned (&t)[V_ROWS / 4], const unsign
             wgmma_e4m3_n136<HIGH>(t + (PANELS - 1) * PANEL / 4, p + key / 8, v_keys + (PANELS - 1) * PANEL, add);
     }
     wgmma_commit();
-}
-
-struct Output {
-    void* o;
-    float* lse;
-    long long stride_b, stride_h, stride_s;
-    int head_dim;
-
-    // Eight neighbouring channels can be written at once.
-    __device__ bool vectors() const {
-        return head_dim % 8 == 0 && (stride_b | stride_h | stride_s) % 8 == 0 &&
-               reinterpret_cast<unsigned long long>(o) % 16 == 0;
-    }
-};
-
-__device__ __forceinline__ void load_floats(const float* from, float2 (&to)[4]) {
-    float4 low = reinterpret_cast<const float4*>(from)[0], high = reinterpret_cast<const float4*>(from)[1];
-    to[0] = make_float2(low.x, low.y), to[1] = make_float2(low.z, low.w);
-    to[2] = make_float2(high.x, high.y), to[3] = make_float2(high.z, high.w);
-}
-
-// Step 8 for `channels` channels from `first` on of the thread's two rows; a null one does not exist. The quantiser has V's channels in an order
-// (`v_row`) that gives a thread 8 neighbouring ones in every 32.
-template <bool VECTORS>
-__device__ __forceinline__ void write_rows(unsigned short* const (&destination)[2], int head_dim, int first,
-                                           int channels, const float (&o)[O_CHANNELS / 2], const Row (&row)[2],
-                                           const ItemScales& scales) {
-    float reciprocal[2] = {__fdiv_rn(ROW_SUM_UNIT, row[0].l), __fdiv_rn(ROW_SUM_UNIT, row[1].l)};
-#pragma unroll
-    for (int i = 0; i < channels / 8; i += 4) {
-        int channel = first + 8 * i + threadIdx.x % 4 * 8;
-        float2 scale[4], offset[4];
-        load_floats(scales.v_scale + channel, scale);
-        load_floats(scales.v_offset + channel, offset);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            unsigned pair[4];
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-                pair[j] = row[r].l == 0.0f ? 0u  // sees no key
-                    : output_pair(o[4 * (i + j) + 2 * r], o[4 * (i + j) + 2 * r + 1], reciprocal[r], scale[j],
-                                  offset[j]);
-            if (!destination[r]) continue;
-            if (VECTORS) {
-                if (channel < head_dim)
-                    *reinterpret_cast<uint4*>(destination[r] + channel) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
-            } else {
-#pragma unroll
-                for (int c = 0; c < 8; ++c)
-                    if (channel + c < head_dim)
-                        destination[r][channel + c] = static_cast<unsigned short>(pair[c / 2] >> c % 2 * 16);
-            }
-        }
-    }
 }
 
 // Whether P V of a tile begins a promotion interval.
@@ -410,8 +361,8 @@ struct Consumer {
             for (int i = 0; i < WORDS; ++i) p[word_index(i, r)] = mask_p(p[word_index(i, r)], visible[r] - 4 * i);
     }
 
-    // P V of the tile before `tile`, whose P is `p`, added to T; to nothing where it begins an interval, and T goes into
-    // O before. Of the first tile of a part, `fresh`, nothing is before: P is 0.
+    // P V of the tile before `tile`, whose P is `p`, added to T; to nothing where it begins an interval, and T goes
+    // into O before. Of the first tile of a part, `fresh`, nothing is before: P is 0.
     __device__ void continue_values(const unsigned (&p)[2 * WORDS], int stage, int tile, bool fresh) {
         const bool begins = !fresh && begins_interval(tile - 1);
         if (begins) promote();
@@ -443,8 +394,8 @@ struct Consumer {
         }
     }
 
-    // Tiles `begin` to `end` - 1 of an item, at least one; afterwards T is still to be promoted. P of the tile before them
-    // is 0, and its P V takes V of the first.
+    // Tiles `begin` to `end` - 1 of an item, at least one; afterwards T is still to be promoted. P of the tile before
+    // them is 0, and its P V takes V of the first.
     __device__ void attend(const Part& part) {
         const int begin = part.begin, end = part.end;
         const int unrolled_end = min(end, part.item.num_plain_tiles) - UNROLLED;
@@ -481,8 +432,8 @@ struct Consumer {
         for (int i = 0; i < V_ROWS / 4; ++i) t[i] = 0;
     }
 
-    // What one CTA has summed of an item, and another one continues, thread by thread: every CONSUMER_THREADS-th number.
-    // f(number, its place).
+    // What one CTA has summed of an item, and another one continues, thread by thread: f(number, its place), which are
+    // CONSUMER_THREADS apart.
     template <class F> __device__ void for_each_sum(F f) {
         update_o([&](float* o, int i) {
 #pragma unroll
@@ -560,10 +511,12 @@ __device__ __forceinline__ void consume(unsigned shared, const Output& out, cons
                     consumer.row[r].bound, consumer.row[r].l, sm_scale, scales.q_mean_dot[row_of_block]);
         }
         const auto write = [&](int first, int channels) {
+            const float l[2] = {consumer.row[0].l, consumer.row[1].l};
+            const float *scale = scales.v_scale, *offset = scales.v_offset;
             if (out.vectors())
-                write_rows<true>(destination, out.head_dim, first, channels, consumer.o, consumer.row, scales);
+                write_rows<true>(destination, out.head_dim, first, channels, consumer.o, l, scale, offset);
             else
-                write_rows<false>(destination, out.head_dim, first, channels, consumer.o, consumer.row, scales);
+                write_rows<false>(destination, out.head_dim, first, channels, consumer.o, l, scale, offset);
         };
         write(0, O_CHANNELS);
         if (O_SHARED_CHANNELS > 0) {

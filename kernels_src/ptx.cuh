@@ -54,20 +54,6 @@ __device__ __forceinline__ void add_release(unsigned* p, unsigned x) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
 
-// In a kernel launched with programmatic stream serialization, sm_90 and later (PTX ISA, "griddepcontrol"): the next one may
-// start when all CTAs have come here, or ended; and this one waits until the one before has ended.
-__device__ __forceinline__ void next_kernel_may_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // ---- products ----------------------------------------------------------------------------------
 // Lane 4g + t. A: a[0] row g, a[1] row g + 8, both of the first half of k; a[2], a[3] of the second half
 // (word t of each half). B: b0, b1 column g, first and second half of k. D: row g, columns 2t and

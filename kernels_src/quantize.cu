@@ -177,7 +177,8 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
         }
         RowValues<BLOCKS> x;
         float dot[BLOCKS] = {};
-        load_row(x, shared.passes[pass].of_warp[threadIdx.x / 32].rows[warp_row()], [&](float (&y)[8], int vector, int b) {
+        const auto& row_values = shared.passes[pass].of_warp[threadIdx.x / 32].rows[warp_row()];
+        load_row(x, row_values, [&](float (&y)[8], int vector, int b) {
             float factor[8], mean[8];
             shared.factor.load(vector, factor);
             if (WITH_MEAN_DOT) shared.addend.load(vector, mean);
@@ -331,8 +332,8 @@ __device__ __forceinline__ unsigned v_codes_word(const float (&y)[V_KEYS], unsig
 // Part number `part` of a tile of V, V_CHANNELS channels: a warp takes a chunk of 64 channels at a time.
 // codes: [V_CHUNKS][V_ROWS][16 bytes]; lost_out: [HEAD_DIM], in 1 / 65536 of a code (not with FP16 codes).
 __device__ __forceinline__ void quantize_v(Shared& shared, const Rows& rows, int seq_kv, int tile, int part,
-                                           const unsigned& statistics, int done, const float* v_mean, const float* v_inverse,
-                                           unsigned char* codes, unsigned* lost_out) {
+                                           const unsigned& statistics, int done, const float* v_mean,
+                                           const float* v_inverse, unsigned char* codes, unsigned* lost_out) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first_channel = part * V_CHANNELS + warp % V_WIDTH * 64;
     const int warp_key = tile * BLOCK_N + warp / V_WIDTH * V_KEYS;
@@ -469,8 +470,8 @@ __device__ __forceinline__ void finish_v_offset(Shared& shared, const unsigned* 
 
 // A KV head of the batch has a CTA for each chunk of its statistics (K, then V), V_CTAS a tile for the codes of V and
 // one a tile for those of K. In the grid, the statistics of the first `lead` heads come first; then, in rounds, the
-// statistics of head `round + lead` and the codes of head `round`; then the codes of the last `lead` heads; and last, for
-// all heads, the codes of Q, q_ctas a query head.
+// statistics of head `round + lead` and the codes of head `round`; then the codes of the last `lead` heads; and last,
+// for all heads, the codes of Q, q_ctas a query head.
 //
 // Strides are in elements. The arrays between `progress` and `v_offset` are those of `_workspace` in
 // sagepp/launch.py, which says their shapes; `progress` is 0 at the start, the others are not initialised.
@@ -480,10 +481,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
     long long q_stride_s, long long k_stride_b, long long k_stride_h, long long k_stride_s,
     long long v_stride_b, long long v_stride_h, long long v_stride_s, Progress* progress,
     ChunkStatistics* chunks, float* k_mean, float* k_factor, float* k_addend, float* q_factor, float* v_mean,
-    float* v_inverse, float* v_scale, signed char* q_codes, float* q_scale, float* q_mean_dot, signed char* k_codes, float* k_scale,
-    float* k_scale_max, unsigned char* v_codes, unsigned* lost, float* v_offset, int batch, int num_heads_q,
-    int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale, int lead) {
-    next_kernel_may_start();
+    float* v_inverse, float* v_scale, signed char* q_codes, float* q_scale, float* q_mean_dot, signed char* k_codes,
+    float* k_scale, float* k_scale_max, unsigned char* v_codes, unsigned* lost, float* v_offset, int batch,
+    int num_heads_q, int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale, int lead) {
     __shared__ __align__(16) Shared shared;
     const Keys keys_k(seq_kv, false), keys_v(seq_kv, true);
     const unsigned k_chunks = keys_k.chunks, statistics_ctas = k_chunks + keys_v.chunks;
@@ -553,6 +553,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
         const Rows rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
         const long long tile = static_cast<long long>(head) * num_tiles + index;
         quantize_k(shared, rows, seq_kv, index, done.statistics[0], keys_k.done(), k_factor + channels,
-                   k_addend + channels, k_codes + tile * (BLOCK_N * HEAD_DIM), k_scale + tile * KEY_GROUPS, k_scale_max + head);
+                   k_addend + channels, k_codes + tile * (BLOCK_N * HEAD_DIM), k_scale + tile * KEY_GROUPS,
+                   k_scale_max + head);
     }
 }

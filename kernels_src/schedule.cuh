@@ -62,21 +62,23 @@ struct Part {
 
 // What this CTA does, and in which order.
 //
-// Causal items differ in length, so a CTA takes the next one when it is done. They come head after head, so that L2 keeps
-// K and V, and of a head the longest come first; but those of the last heads are mixed: the shortest are left for the end.
+// Causal items differ in length, so a CTA takes the next one when it is done. They come head after head, so that L2
+// keeps K and V, and of a head the longest come first; but those of the last heads are mixed: the shortest of these
+// heads are left for the end.
 //
-// Others are of one length, and are dealt out beforehand where that pays. The last `shared_items` of them, less than two a
-// CTA, stand in a line that is cut into equal shares (McNaughton's wrap-around rule): a share ends with the first tiles of
-// an item, which are done before the rest of the share, so that the next CTA, which does the rest of that item last, need
-// not wait for them. If it does, it is for a CTA that has started before, and that waits for nobody until then.
+// Others are of one length, and are dealt out beforehand where that pays. The last `shared_items` of them, less than
+// two a CTA, stand in a line that is cut into equal shares (McNaughton's wrap-around rule): a share ends with the first
+// tiles of an item, which are done before the rest of the share, so that the next CTA, which does the rest of that item
+// last, need not wait for them. If it does, it is for a CTA that has started before (`wait` in progress.cuh), and that
+// waits for nobody until then.
 struct Schedule {
     const Problem& problem;
 
     // Where the share of CTA number `cta` begins: item of the line, and tile of it.
-    __device__ int2 share(int cta) const {
-        const int num_tiles = problem.num_key_tiles();
-        const long long tile = static_cast<long long>(problem.shared_items) * num_tiles * cta / gridDim.x;
-        return make_int2(tile / num_tiles, static_cast<int>(tile % num_tiles) / UNROLLED * UNROLLED);
+    __device__ int2 share(unsigned cta) const {
+        const unsigned num_tiles = problem.num_key_tiles(), tiles = problem.shared_items * num_tiles;
+        const unsigned tile = tiles / gridDim.x * cta + min(cta, tiles % gridDim.x);
+        return make_int2(tile / num_tiles, tile % num_tiles / UNROLLED * UNROLLED);
     }
 
     // The n-th part, if there is one; n = 0, 1, ... in turn. `ticket`: the next causal item.

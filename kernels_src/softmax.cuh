@@ -156,7 +156,8 @@ __device__ __forceinline__ unsigned output_pair(float o0, float o1, float recipr
 // Natural-log LSE of the unsmoothed scores; -inf for a row that sees no key.
 __device__ __forceinline__ float row_lse(float bound, float l, float sm_scale, float q_mean_dot) {
     const float LN2 = 0.693147180559945309f;
-    const double BIAS = P_FORM == CODE ? 0.05753274588979519 : P_FORM == CHORD ? 0.007651003989246341 : 0;  // log2 of the mean error
+    // log2 of the mean error
+    const double BIAS = P_FORM == CODE ? 0.05753274588979519 : P_FORM == CHORD ? 0.007651003989246341 : 0;
     const float LOG2_P = static_cast<float>(AIM + BIAS);  // mean, at the bound
     if (!(l > 0.0f)) return l == 0.0f ? minus_infinity() : l;
     float base = __fsub_rn(LINEAR ? __fmul_rn(bound, 1 / STEPS_PER_OCTAVE) : bound, LOG2_P);

@@ -152,8 +152,8 @@ union StatisticsShared {
 
 // Chunk number `chunk` of the keys. Returns, to all threads, whether there is a NaN or an
 // infinity; a thread that meets one adds its keys again, without it.
-__device__ __forceinline__ bool chunk_statistics(const Rows& rows, const Keys& keys, int chunk, StatisticsShared& shared,
-                                                 ChunkStatistics& out) {
+__device__ __forceinline__ bool chunk_statistics(const Rows& rows, const Keys& keys, int chunk,
+                                                 StatisticsShared& shared, ChunkStatistics& out) {
     const int row = threadIdx.x / STATISTICS_THREADS, channel = threadIdx.x % STATISTICS_THREADS * 8;
     const int begin = keys.begin(chunk) + row, end = keys.end(chunk);
     Statistics s;
@@ -232,8 +232,8 @@ __device__ __forceinline__ bool rotation_sign(unsigned channel) {
 
 // What quantisation needs to know of each channel; arrays of HEAD_DIM. The factors of Q and K are the balance, and
 // its reciprocal, with the sign of the rotation; `k_addend` subtracts K's mean.
-__device__ __forceinline__ void finish_k(const ChunkStatistics* chunks, const Keys& keys, float* k_mean, float* k_factor,
-                                         float* k_addend, float* q_factor) {
+__device__ __forceinline__ void finish_k(const ChunkStatistics* chunks, const Keys& keys, float* k_mean,
+                                         float* k_factor, float* k_addend, float* q_factor) {
     for_each_channel([&](int channel) {
         float mean, spread;
         mean_and_spread(chunks, channel, keys, SMOOTH_K, mean, spread);

@@ -10,18 +10,19 @@ writes a handful of addresses and calls the driver three times, without CuPy's a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import struct
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Iterator, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from . import driver, jit
+from . import jit
 from .plan import Plan, head_dims, kernels, make_plan
 
 # As in `kernels_src/quantize.cu` and `statistics.cuh`.
@@ -252,6 +253,17 @@ def _align(n: int, to: int = 256) -> int:
     return -(-n // to) * to
 
 
+class _Step(NamedTuple):
+    """What `cuLaunchKernel` wants to know, but for the arguments."""
+
+    function: int
+    grid_x: int
+    grid_y: int
+    grid_z: int
+    threads: int  #: a CTA
+    shared_bytes: int  #: dynamic shared memory a CTA
+
+
 class Launch:
     """The launches of one geometry. One thread at a time may use it: it holds the kernel arguments."""
 
@@ -266,7 +278,8 @@ class Launch:
             self.workspace_bytes += _align(math.prod(shape) * np.dtype(dtype).itemsize)
         quantize_ctas, lead = _quantize_grid(geometry, plan, num_sms)
         self._write_arguments({**geometry.scalars(plan), "lead": lead, "shared_items": self.shared_items})
-        self._quantize, self._attention = self._make_launches(arch, num_sms, quantize_ctas)
+        self._steps = [(*step, pointers.ctypes.data) for step, pointers in
+                       zip(self._make_steps(arch, num_sms, quantize_ctas), self._pointers)]
 
     def _write_arguments(self, scalars) -> None:
         """One 8-byte slot an argument (CUDA is little-endian), and for each kernel pointers to its own."""
@@ -285,22 +298,18 @@ class Launch:
             slots.ctypes.data + 8 * np.array([names.index(name) for name in parameters], np.uint64)
             for parameters in (_PARAMETERS["quantize"], _PARAMETERS[f"attention_{self.plan.kernel}"])]
 
-    def _make_launches(self, arch: str, num_sms: int, quantize_ctas: int):
+    def _make_steps(self, arch: str, num_sms: int, quantize_ctas: int) -> list[_Step]:
         g, plan = self.geometry, self.plan
-        of_quantize, of_attention = (pointers.ctypes.data for pointers in self._pointers)
-        kernel = jit.get_kernel("quantize.cu", "quantize", arch, quantize_defines(
+        quantize = jit.get_kernel("quantize.cu", "quantize", arch, quantize_defines(
             plan, bfloat16=g.bfloat16, return_lse=g.return_lse, smooth_k=g.smooth_k, aligned=g.aligned))
-        quantize = driver.Launch(kernel.kernel.ptr, (quantize_ctas, 1, 1), 32 * QUANTIZE_WARPS, 0, of_quantize)
         shared_bytes = attention_shared_bytes(plan)
-        kernel = jit.get_kernel(
+        attention = jit.get_kernel(
             attention_source(plan), "attention", arch,
             attention_defines(plan, bfloat16=g.bfloat16, is_causal=g.is_causal, return_lse=g.return_lse),
             requires_nvrtc=(12, 8) if plan.v_dtype == "e4m3" else (12, 0), dynamic_shared=shared_bytes)
         grid, threads = attention_grid(plan, g.batch, g.num_heads_q, g.seq_q, num_sms)
-        attention = driver.Launch(kernel.kernel.ptr, grid, threads, shared_bytes, of_attention)
-        if plan.kernel == "wgmma" and driver.can_launch_early():
-            attention = driver.EarlyLaunch(attention)
-        return quantize, attention
+        return [_Step(quantize.kernel.ptr, quantize_ctas, 1, 1, 32 * QUANTIZE_WARPS, 0),
+                _Step(attention.kernel.ptr, *grid, threads, shared_bytes)]
 
     def bind(self, q: int, k: int, v: int, o: int, lse: int, workspace: int) -> None:
         """Set the addresses of the arrays."""
@@ -311,12 +320,25 @@ class Launch:
 
     def quantize(self, stream: int) -> None:
         """Clear the counters and launch `quantize`."""
-        driver.clear(self._workspace_address, self._cleared_bytes, stream)
-        self._quantize(stream)
+        _, memset = _driver()
+        memset(self._workspace_address, 0, self._cleared_bytes, stream)
+        self._launch(*self._steps[0], stream)
 
     def attend(self, stream: int) -> None:
         """Launch the attention kernel."""
-        self._attention(stream)
+        self._launch(*self._steps[1], stream)
+
+    @staticmethod
+    def _launch(function, grid_x, grid_y, grid_z, threads, shared_bytes, arguments, stream) -> None:
+        launch, _ = _driver()  # which copies the arguments
+        launch(function, grid_x, grid_y, grid_z, threads, 1, 1, shared_bytes, stream, arguments, 0)
+
+
+@functools.lru_cache(maxsize=None)
+def _driver():
+    from cupy_backends.cuda.api import driver, runtime
+
+    return driver.launchKernel, runtime.memsetAsync
 
 
 # --- the calls ---------------------------------------------------------------------------------

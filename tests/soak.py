@@ -32,7 +32,7 @@ def main(arguments=None):
     parser.add_argument("--kernel", choices=strategies.KERNELS, default="mma")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--seed", type=strategies.seed_of, default=0, help='a number, or "random"')
-    parser.add_argument("--sms", type=int, help="pretend that the GPU has so many: some of the problems then have items that are cut in two")
+    parser.add_argument("--sms", type=int, help="pretend that the GPU has so many: some problems then have cut items")
     parser.add_argument("--json", metavar="FILE", help="also write what is printed")
     options = parser.parse_args(arguments)
     if options.sms:

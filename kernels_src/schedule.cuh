@@ -12,7 +12,7 @@ struct Problem {
     int shared_items;  // of `Schedule`
 
     __device__ int num_row_blocks() const { return (seq_q + BLOCK_M - 1) / BLOCK_M; }
-    // Heads whose causal items come last, and mixed.
+    // Heads whose causal items come last, and mixed: four items a CTA, or a few more.
     __device__ int last_heads() const { return min(num_heads, 4 * static_cast<int>(gridDim.x) / num_row_blocks() + 1); }
     __device__ int num_key_tiles() const { return (seq_kv + BLOCK_N - 1) / BLOCK_N; }
 };
@@ -62,15 +62,15 @@ struct Part {
 
 // What this CTA does, and in which order.
 //
-// Causal items differ in length, so a CTA takes the next one when it is done. They come head after head, so that L2
-// keeps K and V, and of a head the longest come first; but those of the last heads are mixed: the shortest of these
-// heads are left for the end.
+// A CTA takes the next item when it is done. They come head after head, so that few K and V are in use at once. Causal
+// items differ in length, and of a head the longest come first; but those of the last heads are mixed: the shortest of
+// these heads are left for the end.
 //
-// Others are of one length, and are dealt out beforehand where that pays. The last `shared_items` of them, less than
-// two a CTA, stand in a line that is cut into equal shares (McNaughton's wrap-around rule): a share ends with the first
-// tiles of an item, which are done before the rest of the share, so that the next CTA, which does the rest of that item
-// last, need not wait for them. If it does, it is for a CTA that has started before (`wait` in progress.cuh), and that
-// waits for nobody until then.
+// Where it pays, items of one length, which are those without a causal mask, are dealt out beforehand. The last
+// `shared_items` of them, less than two a CTA, stand in a line that is cut into equal shares (McNaughton's wrap-around
+// rule): a share ends with the first tiles of an item, which are done before the rest of the share, so that the next
+// CTA, which does the rest of that item last, need not wait for them. If it does, it is for a CTA that has started
+// before (`wait` in progress.cuh), and that waits for nobody until then.
 struct Schedule {
     const Problem& problem;
 
@@ -81,7 +81,7 @@ struct Schedule {
         return make_int2(tile / num_tiles, tile % num_tiles / UNROLLED * UNROLLED);
     }
 
-    // The n-th part, if there is one; n = 0, 1, ... in turn. `ticket`: the next causal item.
+    // The n-th part, if there is one; n = 0, 1, ... in turn. `ticket`: the next item that is not dealt out.
     __device__ bool part(int n, Part& part, unsigned* ticket) const {
         const int cta = blockIdx.x, ctas = gridDim.x, num_items = problem.num_heads * problem.num_row_blocks();
         if (CAUSAL || problem.shared_items == 0) {

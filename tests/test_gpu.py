@@ -126,8 +126,9 @@ def test_a_cta_continues_what_another_began(kernel, num_sms, problem, monkeypatc
     monkeypatch.setattr(launch, "_num_sms", lambda device: num_sms)
     monkeypatch.setattr(launch, "_CUT_TILES", 0)
     prepared = launch.prepare(*map(cupy.asarray, problem.arrays()), return_lse=True, kernel=kernel, **problem.options())
-    tiles, shared_items = -(-problem.seq_kv // plan.block_n), prepared._launch.shared_items
-    ends = [shared_items * tiles * cta // num_sms % tiles for cta in range(1, num_sms)]  # of shares: tile of an item
+    tiles = -(-problem.seq_kv // plan.block_n)
+    share, rest = divmod(prepared._launch.shared_items * tiles, num_sms)
+    ends = [(share * cta + min(cta, rest)) % tiles for cta in range(1, num_sms)]  # of shares: tile of an item
     assert max(ends) >= 4, "no item is cut"  # they are cut at multiples of four
     expected = strategies.by_reference(problem, plan)
     prepared.quantize()

@@ -91,13 +91,10 @@ def schedule(request, tmp_path_factory):
         process.stdin.close()
 
 
-PROBLEMS = dict(
-    batch=st.integers(1, 3), heads_kv=st.integers(1, 5), group=st.integers(1, 3), seq_q=st.integers(1, 3000),
-    seq_kv=st.integers(1, 9000), top_left=st.booleans(), num_sms=st.integers(1, 140), cut_tiles=st.integers(0, 12))
-
-
-@given(**PROBLEMS)
-def test_every_tile_is_done_once_and_shares_fit(schedule, batch, heads_kv, group, seq_q, seq_kv, top_left, num_sms, cut_tiles):
+@given(batch=st.integers(1, 3), heads_kv=st.integers(1, 5), group=st.integers(1, 3), seq_q=st.integers(1, 3000),
+       seq_kv=st.integers(1, 9000), top_left=st.booleans(), num_sms=st.integers(1, 140), cut_tiles=st.integers(0, 12))
+def test_every_tile_is_done_once_and_shares_fit(
+        schedule, batch, heads_kv, group, seq_q, seq_kv, top_left, num_sms, cut_tiles):  # fmt: skip
     plan, is_causal, parts_of = schedule
     heads_q = heads_kv * group
     (ctas, _, _), _ = launch.attention_grid(plan, batch, heads_q, seq_q, num_sms)

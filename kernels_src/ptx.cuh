@@ -2,6 +2,20 @@
 // and E4M3 values are bits in an `unsigned`, two or four to a word, the first in the low bits.
 #pragma once
 
+// ---- warps -------------------------------------------------------------------------------------
+
+// The largest x of the warp's lanes.
+__device__ __forceinline__ unsigned warp_max(unsigned x) {
+    unsigned y;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xFFFFFFFF;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+// Barrier number `barrier` (0 is that of __syncthreads) of `threads` threads, whole warps.
+__device__ __forceinline__ void sync_warps(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // ---- shared memory and asynchronous copies -----------------------------------------------------
 
 __device__ __forceinline__ unsigned shared_address(const void* p) {
@@ -95,6 +109,13 @@ __device__ __forceinline__ void mma_e4m3(unsigned (&d)[2], const unsigned (&a)[4
 __device__ __forceinline__ float ex2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 1 / x, off by one ulp at most; infinity for 0.
+__device__ __forceinline__ float rcp(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

@@ -48,17 +48,20 @@ __device__ __forceinline__ int warp_row() { return threadIdx.x % 32 / ROW_THREAD
 
 __device__ __forceinline__ int block_of_row(int b) { return row_thread() + ROW_THREADS * b; }
 
-// One FP32 number a channel, in shared memory.
-struct Factors {
-    __align__(16) float of_channel[HEAD_DIM];
+// A number a channel, in shared memory.
+template <class T> struct Factors {
+    static constexpr int AT_ONCE = 16 / sizeof(T);
+    __align__(16) T of_channel[HEAD_DIM];
 
     // By all threads of the CTA; there after `cp_async_commit`, `cp_async_wait` and a barrier.
-    __device__ __forceinline__ void copy(const float* from) {
-        for (int i = 4 * threadIdx.x; i < HEAD_DIM; i += 4 * THREADS)
+    __device__ __forceinline__ void copy(const T* from) {
+        for (int i = AT_ONCE * threadIdx.x; i < HEAD_DIM; i += AT_ONCE * THREADS)
             cp_async_16(shared_address(of_channel + i), from + i);
     }
     // Those of channels 8 * vector ... 8 * vector + 7.
-    __device__ __forceinline__ void load(int vector, float (&x)[8]) const { load_floats(of_channel + 8 * vector, x); }
+    template <class Numbers> __device__ __forceinline__ void load(int vector, Numbers& x) const {
+        load_factors(of_channel + 8 * vector, x);
+    }
 };
 
 constexpr int VECTORS = HEAD_DIM / 8;         // of a row of input, 16 bytes each
@@ -68,6 +71,10 @@ constexpr int CODE_CHUNKS = HEAD_DIM / 16;  // of a row of codes, 16 bytes each
 // each other, which have block b of neighbouring rows, then use different banks.
 __device__ __forceinline__ int vector_swizzle(int r) { return HEAD_DIM < 128 ? (r & 1) | (r & 2) << 1 : r & 1; }
 __device__ __forceinline__ int chunk_swizzle(int r) { return HEAD_DIM < 128 ? r & 2 : (r & 1) << 2; }
+
+// A pass of K is computed again where an element is NaN or infinite, which then count as 0, and a pass of FP16 inputs
+// where a row of Q, or a key group, overflows or is tiny: scaled, once more.
+constexpr int CLEANED = 1, ATTEMPTS = IN_BF16 ? 2 : 3;
 
 struct Shared {
     union {
@@ -85,8 +92,12 @@ struct Shared {
     };
     union {
         struct {  // of Q and K
-            Factors factor, addend;
-            float warp_amax[2][PASSES][WARPS];
+            Factors<Factor> factor;
+            union {
+                Factors<Factor> addend;  // K
+                Factors<float> k_mean;   // Q
+            };
+            float warp_amax[ATTEMPTS][PASSES][WARPS];
         };
         unsigned lost[WARPS][64];  // of V: what the codes of the warp's channels lost
     };
@@ -96,21 +107,41 @@ struct Shared {
 
 // ---- 2. rotation and INT8, Q and K -------------------------------------------------------------
 
+// Place of vector `half` (of 2) of a thread's block b in its row.
+__device__ __forceinline__ int vector_place(int b, int half) {
+    return (2 * block_of_row(b) + half) ^ vector_swizzle(warp_row());
+}
+
 // A thread's share of a row, 8 channels at a time: f(them, number of their vector, their block) may change them.
 template <class F> __device__ __forceinline__ void load_row(RowValues<BLOCKS>& x, const uint4 (&row)[VECTORS], F f) {
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int vector = 2 * block_of_row(b) + half;
-            float y[8];
-            widen(row[vector ^ vector_swizzle(warp_row())], y);
-            f(y, vector, b);
-#pragma unroll
-            for (int d = 0; d < 8; ++d) x[b][8 * half + d] = y[d];
+            Number* y = x[b] + VECTOR_NUMBERS * half;
+            load_vector(row + vector_place(b, half), y);
+            f(y, 2 * block_of_row(b) + half, b);
         }
     }
 }
+
+__device__ __forceinline__ void load_row(RowValues<BLOCKS>& x, const uint4 (&row)[VECTORS]) {
+    load_row(x, row, [](Number*, int, int) {});
+}
+
+#if !IN_BF16
+// Replaces a thread's share of a row by f(8 channels of it, number of their vector). Rarely.
+template <class F> __device__ __forceinline__ void replace_row(uint4 (&row)[VECTORS], F f) {
+#pragma unroll 1
+    for (int i = 0; i < 2 * BLOCKS; ++i) {
+        uint4& words = row[vector_place(i / 2, i % 2)];
+        Pair x[VECTOR_NUMBERS];
+        load_vector(&words, x);
+        f(x, 2 * block_of_row(i / 2) + i % 2);
+        words = make_uint4(x[0].bits, x[1].bits, x[2].bits, x[3].bits);
+    }
+}
+#endif
 
 // What the numbers of the 16-byte chunks of a panel are xor-ed with in a row of codes.
 __device__ __forceinline__ int swizzle(int row) { return PANEL == 128 ? row & 7 : row >> 1 & 3; }
@@ -119,7 +150,7 @@ __device__ __forceinline__ int swizzle(int row) { return PANEL == 128 ? row & 7 
 // is row `tile_row(r)` of the tile. By way of shared memory: whole lines are written at once.
 template <class Pass, class TileRow>
 __device__ __forceinline__ void store_codes(Pass& pass, signed char* tile, int rows, TileRow tile_row,
-                                            const RowValues<BLOCKS>& x, float inverse) {
+                                            const RowValues<BLOCKS>& x, Number inverse) {
     auto& shared = pass.of_warp[threadIdx.x / 32];
     const int lane = threadIdx.x % 32;
     __syncwarp();
@@ -153,7 +184,7 @@ template <class Pass> __device__ __forceinline__ void copy_rows(Pass& pass, cons
 // codes: [row block][panel][BLOCK_M][PANEL]; scale (q_scale), mean_dot: [padded_rows].
 __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int seq_q, int padded_rows,
                                            int first_row, const unsigned& statistics, int done, const float* k_mean,
-                                           const float* q_factor, signed char* codes, float* scale,
+                                           const Factor* q_factor, signed char* codes, float* scale,
                                            float* mean_dot, float softmax_scale) {
     const auto copy_pass = [&](int pass) {
         copy_rows(shared.passes[pass], rows, first_row + pass * PASS_ROWS + threadIdx.x / 32 * WARP_ROWS, seq_q);
@@ -161,7 +192,7 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
     copy_pass(0);
     wait(statistics, done);
     shared.factor.copy(q_factor);
-    if (WITH_MEAN_DOT) shared.addend.copy(k_mean);
+    if (WITH_MEAN_DOT) shared.k_mean.copy(k_mean);
     cp_async_commit();
 #pragma unroll
     for (int pass = 1; pass < PASSES; ++pass) copy_pass(pass);
@@ -175,27 +206,53 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
             cp_async_wait<0>();
             __syncwarp();
         }
+        auto& row_values = shared.passes[pass].of_warp[threadIdx.x / 32].rows[warp_row()];
         RowValues<BLOCKS> x;
-        float dot[BLOCKS] = {};
-        const auto& row_values = shared.passes[pass].of_warp[threadIdx.x / 32].rows[warp_row()];
-        load_row(x, row_values, [&](float (&y)[8], int vector, int b) {
-            float factor[8], mean[8];
-            shared.factor.load(vector, factor);
-            if (WITH_MEAN_DOT) shared.addend.load(vector, mean);
+        float amax, dot[BLOCKS] = {}, unscale = 1.0f;
+#pragma unroll 1
+        for (bool scaled = false;; scaled = true) {
+            if (scaled) {
+                load_row(x, row_values);
+            } else {
+                load_row(x, row_values, [&](Number* y, int vector, int b) {
+                    Number factor[VECTOR_NUMBERS];
+                    shared.factor.load(vector, factor);
+                    if (WITH_MEAN_DOT) {
+                        float mean[8];
+                        shared.k_mean.load(vector, mean);
+                        add_products(y, mean, dot[b]);
+                    }
 #pragma unroll
-            for (int d = 0; d < 8; ++d) {
-                if (WITH_MEAN_DOT) dot[b] = __fmaf_rn(y[d], mean[d], dot[b]);
-                y[d] = __fmul_rn(y[d], factor[d]);
+                    for (int i = 0; i < VECTOR_NUMBERS; ++i) y[i] = mul_rn(y[i], factor[i]);
+                });
             }
-        });
-        rotate(x);
-        const float amax = largest_of_lanes(largest(x), ROW_THREADS);
-        float inverse, row_scale = __fmul_rn(__fdiv_rn(amax, 127.0f), softmax_scale);
-        if (!is_finite(amax)) row_scale = __int_as_float(0x7FFFFFFF);
-        if (!usual_inverse(amax, inverse)) {
-            unusual_values(x, amax);
-            inverse = 1.0f;
+            rotate(x);
+            amax = largest_of_lanes(largest(x), ROW_THREADS);
+#if IN_BF16
+            break;
+#else
+            if (__all_sync(~0u, is_usual(amax))) break;
+            if (scaled) {
+                if (!is_finite(amax)) {  // an element is not
+                    set_zero(x);
+                    amax = 0.0f, unscale = __int_as_float(0x7FFFFFFF);
+                }
+                break;
+            }
+            const float power = power_of(amax);
+            const Pair powers = {cvt_f16x2(power, power)};
+            unscale = 1.0f / power;
+            replace_row(row_values, [&](Pair (&y)[VECTOR_NUMBERS], int vector) {
+                Pair factor[VECTOR_NUMBERS];
+                shared.factor.load(vector, factor);
+#pragma unroll
+                for (int i = 0; i < VECTOR_NUMBERS; ++i) y[i] = mul_rn(mul_rn(y[i], powers), factor[i]);
+            });
+#endif
         }
+        const Number inverse = inverse_of(x, amax);
+        float row_scale = __fmul_rn(__fmul_rn(int8_scale(amax, inverse), unscale), softmax_scale);
+        if (IN_BF16 && !is_finite(amax)) row_scale = __int_as_float(0x7FFFFFFF);
         if (WITH_MEAN_DOT) {
 #pragma unroll
             for (int half = BLOCKS / 2; half > 0; half /= 2) {
@@ -217,11 +274,11 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
     }
 }
 
-// Codes of a tile of K. A pass whose result is not finite is repeated without the elements that are not.
+// Codes of a tile of K.
 // codes: [panel][BLOCK_N][PANEL], rows in column order; scale: [KEY_GROUPS]; scale_max: of the head, 0 at first.
 __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int seq_kv, int tile,
-                                           const unsigned& statistics, int done, const float* k_factor,
-                                           const float* k_addend, signed char* codes, float* scale, float* scale_max) {
+                                           const unsigned& statistics, int done, const Factor* k_factor,
+                                           const Factor* k_addend, signed char* codes, float* scale, float* scale_max) {
     const int warp = threadIdx.x / 32, group_0 = warp / GROUP_WARPS;
     const int place = warp % GROUP_WARPS * WARP_ROWS + warp_row();  // in the group
     const int key_0 = tile * BLOCK_N + group_0 * GROUP_KEYS + place;
@@ -248,53 +305,59 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
         }
         auto& row = shared.passes[pass].of_warp[warp].rows[warp_row()];
         const bool exists = key_0 + pass * (PASS_GROUPS * GROUP_KEYS) < seq_kv;
-        const bool all_exist = (tile + 1) * BLOCK_N <= seq_kv;
         RowValues<BLOCKS> x;
-        float amax;
+        float amax, unscale = 1.0f;
 #pragma unroll 1
         for (int attempt = 0;; ++attempt) {
-            load_row(x, row, [&](float (&y)[8], int vector, int) {
-                float factor[8], addend[8];
+            if (!IN_BF16 && (!exists || attempt > CLEANED)) {  // 0, or scaled
+                load_row(x, row);
+            } else {
+                load_row(x, row, [&](Number* y, int vector, int) {
+                    Number factor[VECTOR_NUMBERS], addend[VECTOR_NUMBERS];
+                    shared.factor.load(vector, factor);
+                    shared.addend.load(vector, addend);
+#pragma unroll
+                    for (int i = 0; i < VECTOR_NUMBERS; ++i) y[i] = fma_rn(y[i], factor[i], addend[i]);
+                });
+            }
+            if (IN_BF16 && !exists) set_zero(x);
+            rotate(x);
+            amax = largest_of_warp(largest(x));
+            if (GROUP_WARPS > 1) {
+                float* of_warps = shared.warp_amax[attempt][pass] + warp / GROUP_WARPS * GROUP_WARPS;
+                if (threadIdx.x % 32 == 0) of_warps[warp % GROUP_WARPS] = amax;
+                sync_warps(1 + warp / GROUP_WARPS, 32 * GROUP_WARPS);
+#pragma unroll
+                for (int i = 0; i < GROUP_WARPS; ++i) amax = max_or_nan(amax, of_warps[i]);
+            }
+            if ((IN_BF16 ? is_finite(amax) : is_usual(amax)) || attempt == ATTEMPTS - 1) break;
+            if (attempt < CLEANED) {
+                for (int vector = row_thread(); vector < VECTORS; vector += ROW_THREADS)
+                    row[vector] = finite(row[vector]);
+                __syncwarp();
+                continue;
+            }
+#if !IN_BF16
+            const float power = power_of(amax), down = fminf(power, 1.0f), up = fmaxf(power, 1.0f);
+            const Pair downs = {cvt_f16x2(down, down)}, ups = {cvt_f16x2(up, up)};
+            unscale = 1.0f / power;
+            if (exists) replace_row(row, [&](Pair (&y)[VECTOR_NUMBERS], int vector) {
+                Pair factor[VECTOR_NUMBERS], addend[VECTOR_NUMBERS];
                 shared.factor.load(vector, factor);
                 shared.addend.load(vector, addend);
 #pragma unroll
-                for (int d = 0; d < 8; ++d) y[d] = __fmaf_rn(y[d], factor[d], addend[d]);
+                for (int i = 0; i < VECTOR_NUMBERS; ++i)
+                    y[i] = mul_rn(fma_rn(mul_rn(y[i], downs), factor[i], mul_rn(addend[i], downs)), ups);
             });
-            if (!all_exist && !exists) {  // does not raise amax
-#pragma unroll
-                for (int b = 0; b < BLOCKS; ++b) {
-#pragma unroll
-                    for (int d = 0; d < ROTATION; ++d) x[b][d] = 0.0f;
-                }
-            }
-            rotate(x);
-            amax = largest_of_lanes(largest(x), 32);
-            bool finite_pass = is_finite(amax);
-            if (GROUP_WARPS > 1) {
-                float* of_warps = shared.warp_amax[attempt][pass];
-                if (threadIdx.x % 32 == 0) of_warps[warp] = amax;
-                __syncthreads();
-#pragma unroll
-                for (int i = 0; i < GROUP_WARPS; ++i)
-                    amax = max_or_nan(amax, of_warps[warp / GROUP_WARPS * GROUP_WARPS + i]);
-#pragma unroll
-                for (int i = 0; i < WARPS; ++i) finite_pass &= is_finite(of_warps[i]);
-            }
-            if (finite_pass || attempt == 1) break;
-            for (int vector = row_thread(); vector < VECTORS; vector += ROW_THREADS) row[vector] = finite(row[vector]);
-            __syncwarp();
+#endif
         }
-        float inverse;
-        if (!usual_inverse(amax, inverse)) {
-            unusual_values(x, amax);
-            inverse = 1.0f;
-        }
+        const Number inverse = inverse_of(x, amax);
         store_codes(shared.passes[pass], codes, BLOCK_N, [=](int r) {
             const int p = place - warp_row() + r;
             return p / 2 * 8 + group * 2 + p % 2;  // section 2, "Position of a key"
         }, x, inverse);
         if (warp % GROUP_WARPS == 0 && threadIdx.x % 32 == 0) {
-            const float group_scale = __fdiv_rn(amax, 127.0f);
+            const float group_scale = __fmul_rn(int8_scale(amax, inverse), unscale);
             scale[group] = group_scale;
             atomicMax(reinterpret_cast<int*>(scale_max), __float_as_int(group_scale));  // >= 0: ordered as int
         }
@@ -480,7 +543,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
     const Half* q, const Half* k, const Half* v, long long q_stride_b, long long q_stride_h,
     long long q_stride_s, long long k_stride_b, long long k_stride_h, long long k_stride_s,
     long long v_stride_b, long long v_stride_h, long long v_stride_s, Progress* progress,
-    ChunkStatistics* chunks, float* k_mean, float* k_factor, float* k_addend, float* q_factor, float* v_mean,
+    ChunkStatistics* chunks, float* k_mean, Factor* k_factor, Factor* k_addend, Factor* q_factor, float* v_mean,
     float* v_inverse, float* v_scale, signed char* q_codes, float* q_scale, float* q_mean_dot, signed char* k_codes,
     float* k_scale, float* k_scale_max, unsigned char* v_codes, unsigned* lost, float* v_offset, int batch,
     int num_heads_q, int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale, int lead) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "progress.cuh"
-#include "rows.cuh"
+#include "int8.cuh"
 
 // docs/numerics.md: the largest number of chunks, the lanes of a chunk, and the keys of the smallest chunk
 constexpr int SUM_CHUNKS = 16, SUM_LANES = 16, MIN_CHUNK_KEYS = 256;
@@ -233,17 +233,29 @@ __device__ __forceinline__ bool rotation_sign(unsigned channel) {
 // What quantisation needs to know of each channel; arrays of HEAD_DIM. The factors of Q and K are the balance, and
 // its reciprocal, with the sign of the rotation; `k_addend` subtracts K's mean.
 __device__ __forceinline__ void finish_k(const ChunkStatistics* chunks, const Keys& keys, float* k_mean,
-                                         float* k_factor, float* k_addend, float* q_factor) {
+                                         Factor* k_factor, Factor* k_addend, Factor* q_factor) {
     for_each_channel([&](int channel) {
         float mean, spread;
         mean_and_spread(chunks, channel, keys, SMOOTH_K, mean, spread);
-        const float balance = spread > 0.0f ? __fsqrt_rn(spread) : 1.0f;
         const float sign = rotation_sign(channel) ? -1.0f : 1.0f;
+#if IN_BF16
+        const float balance = spread > 0.0f ? __fsqrt_rn(spread) : 1.0f;
         const float factor = __fmul_rn(sign, __fdiv_rn(1.0f, balance));
         k_mean[channel] = mean;
         k_factor[channel] = factor;
         k_addend[channel] = -__fmul_rn(mean, factor);
         q_factor[channel] = __fmul_rn(sign, balance);
+#else
+        const float least = fmaxf(0x1p-12f, __fmul_rn(fabsf(mean), 0x1p-13f));
+        const float balance = spread > 0.0f ? __fsqrt_rn(fmaxf(spread, least)) : 1.0f;
+        const unsigned factor_bits = cvt_f16x2(__fmul_rn(sign, __fdiv_rn(1.0f, balance)), 0.0f);
+        const float factor = low_half(factor_bits);
+        const unsigned addend_bits = cvt_f16x2(-__fmul_rn(mean, factor), 0.0f);
+        k_mean[channel] = __fdiv_rn(-low_half(addend_bits), factor);  // what is subtracted indeed
+        k_factor[channel] = factor_bits;
+        k_addend[channel] = addend_bits;
+        q_factor[channel] = cvt_f16x2(__fdiv_rn(1.0f, factor), 0.0f);
+#endif
     });
 }
 

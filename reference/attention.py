@@ -102,8 +102,7 @@ class State:
 def quantize_head(q, k, v, offset, sm_scale, smooth_k, plan, exact_parts):
     """q (heads, rows, head_dim) and one KV head (seq_kv, head_dim)."""
     seq_kv = k.shape[-2]
-    finite = (quantize.finite(quantize.widen(x, plan.head_dim)) for x in (k, v))
-    channels = quantize.channels_of(*finite, plan, smooth_k)
+    channels = quantize.channels_of(k, v, plan, smooth_k)
     rounded = "qk" not in exact_parts
     return Problem(
         quantize.quantize_q(q, channels, sm_scale, plan, rounded),

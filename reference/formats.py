@@ -1,8 +1,9 @@
-"""Number formats and rounded FP32 operations, as the CUDA kernels compute them.
+"""Number formats and rounded FP32 and FP16 operations, as the CUDA kernels compute them.
 
-Everything takes and returns arrays (or scalars) that NumPy broadcasts; FP32 is `numpy.float32`.
+Everything takes and returns arrays (or scalars) that NumPy broadcasts; FP32 is `numpy.float32`, FP16 `numpy.float16`.
 Plain ``+``, ``-`` and ``*`` on `numpy.float32` already are `__fadd_rn`, `__fsub_rn` and `__fmul_rn`:
-IEEE 754, round to nearest even, subnormals kept. This module adds what NumPy lacks.
+IEEE 754, round to nearest even, subnormals kept; on `numpy.float16`, `add.rn.f16` and so on: NumPy rounds the FP32
+result, whose 24 bits are enough for the same (2 * 11 + 2). This module adds what NumPy lacks.
 
 No operation here flushes subnormals. Which NaN an FP32 operation returns is not specified.
 
@@ -26,7 +27,7 @@ def _float32(x):
 
 
 def _add_to_odd(a, b):
-    """a + b of float64 arrays, rounded to odd: a later rounding to FP32 is as if from the exact sum."""
+    """a + b of float64 arrays, rounded to odd: a later rounding to FP32 or FP16 is as if from the exact sum."""
     s = a + b
     bb = s - a
     error = (a - (s - bb)) + (b - bb)  # TwoSum (Knuth): s + error == a + b exactly
@@ -37,7 +38,7 @@ def _add_to_odd(a, b):
 
 
 def _exact(*operands):
-    """The operands in float64, broadcast against each other, at least one-dimensional."""
+    """The operands, FP16 or FP32, in float64, broadcast against each other, at least one-dimensional."""
     return np.broadcast_arrays(*(np.atleast_1d(_float32(x)).astype(np.float64) for x in operands))
 
 
@@ -64,6 +65,21 @@ def fma(a, b, c):
         midway = np.nonzero(midway)
         total[midway] = _add_to_odd(product[midway], c64[midway])
         result = total.astype(np.float32)
+    return _shaped(result, a, b, c)
+
+
+def fma16(a, b, c):
+    """FP16 ``a * b + c`` with one rounding, to nearest even (`fma.rn.f16`).
+
+    The product of two FP16 numbers is exact in float64, and but for terms of very different size so is the sum.
+    """
+    with np.errstate(all="ignore"):
+        a64, b64, c64 = _exact(a, b, c)
+        product = a64 * b64
+        total = product + c64
+        inexact = np.nonzero(total - c64 != product)
+        total[inexact] = _add_to_odd(product[inexact], c64[inexact])
+        result = total.astype(np.float16)
     return _shaped(result, a, b, c)
 
 

@@ -105,12 +105,10 @@ class Chord(Linear):
 
     def codes(self, steps):
         chord, next_chord = (
-            np.minimum(x, self.max_steps).astype(np.uint16).view(np.float16).astype(np.float64)
+            np.minimum(x, self.max_steps).astype(np.uint16).view(np.float16)
             for x in (steps, steps + self.half_octave)
         )
-        with np.errstate(over="ignore", invalid="ignore"):
-            p = (chord + next_chord * float(self.weight)).astype(np.float16)  # the float64 sum is exact
-        return formats.to_e4m3(p.astype(np.float32))
+        return formats.to_e4m3(formats.fma16(next_chord, self.weight, chord).astype(np.float32))
 
     @property
     def bias(self):

@@ -4,6 +4,9 @@ Arrays are (..., seq_len, head_dim) with any leading dimensions, one (batch, hea
 FP16 or BF16; inside, the head dimension is padded with zeros to `plan.head_dim`. Keys are kept in
 their natural order, cut into tiles of `plan.block_n` and padded with zeros: (..., n_tiles, block_n,
 head_dim). `k_order` and `v_order` give the order in which the kernels store them (`layout.py`).
+
+Section 2 is computed in FP16 for FP16 inputs, in FP32 for BF16 ones: in the arrays' own type, which is
+`numpy.float16` or `numpy.float32`.
 """
 
 from dataclasses import dataclass
@@ -19,6 +22,13 @@ KEY_GROUPS = 4  # scales of K a tile: one for each thread of a quad
 ROTATION = 16  # channels of Q and K that are rotated together
 LOST_UNIT = np.float32(65536)
 
+# FP16 inputs.
+FP16_MAX = np.float32(65504)
+MIN_SPREAD = np.float32(2.0**-12)  # smaller spreads count as this,
+MIN_RELATIVE_SPREAD = np.float32(2.0**-13)  # or as this part of the mean
+SMALL_AMAX = np.float32(2.0**-9)  # an `amax` below it, but for 0, or one that overflowed: the numbers are scaled,
+SCALE_UP, SCALE_DOWN = np.float16(2.0**12), np.float16(2.0**-13)  # and computed once more
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -32,10 +42,16 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Channels:
-    """What quantisation needs to know of each channel, (..., head_dim)."""
+    """What quantisation needs to know of each channel, (..., head_dim): FP32, but for factors and addend of FP16 inputs.
 
-    k_mean: np.ndarray
-    balance: np.ndarray  #: Q is multiplied by it, K by its reciprocal
+    K's channels are multiplied by a factor that makes their spreads comparable, Q's by its reciprocal; both have the
+    sign of the rotation.
+    """
+
+    k_mean: np.ndarray  #: what is subtracted from K
+    k_factor: np.ndarray  #: float16 or float32, as the next two
+    k_addend: np.ndarray  #: minus the mean, times the factor
+    q_factor: np.ndarray
     v_mean: np.ndarray
     v_spread: np.ndarray
 
@@ -89,15 +105,21 @@ def channel_order(plan):
     return column // 32 * 32 + column % 8 // 2 * 8 + column % 32 // 8 * 2 + column % 2
 
 
+def padded(x, head_dim):
+    """FP16 as it is, float32 of BF16; the last dimension padded with zeros to `head_dim`."""
+    x = np.asarray(x)
+    padding = [(0, 0)] * (x.ndim - 1) + [(0, head_dim - x.shape[-1])]
+    return np.pad(x if x.dtype == np.float16 else x.astype(np.float32), padding)
+
+
 def widen(x, head_dim):
     """Float32 of FP16 or BF16, the last dimension padded with zeros to `head_dim`."""
-    padding = [(0, 0)] * (x.ndim - 1) + [(0, head_dim - x.shape[-1])]
-    return np.pad(np.asarray(x).astype(np.float32), padding)
+    return padded(x, head_dim).astype(np.float32)
 
 
 def finite(x):
     """K and V as everything below sees them: an element that is NaN or infinite counts as 0."""
-    return np.where(np.isfinite(x), x, np.float32(0))
+    return np.where(np.isfinite(x), x, x.dtype.type(0))
 
 
 def in_tiles(x, block_n):
@@ -154,11 +176,29 @@ def _add_halves(x):
 
 
 def channels_of(k, v, plan, smooth_k=True):
-    """`Channels` of finite float32 K and V (..., seq_kv, head_dim)."""
-    k_mean, k_spread = _mean_and_spread(statistics(chunks_of_k(k, plan)), smooth_k)
-    v_mean, v_spread = _mean_and_spread(statistics(chunks_of(v)), True)
-    balance = np.where(k_spread > 0, np.sqrt(k_spread), np.float32(1))
-    return Channels(k_mean, balance, v_mean, v_spread)
+    """`Channels` of K and V (..., seq_kv, head_dim), FP16 or BF16."""
+    wide_k, wide_v = (finite(widen(x, plan.head_dim)) for x in (k, v))
+    k_mean, k_spread = _mean_and_spread(statistics(chunks_of_k(wide_k, plan)), smooth_k)
+    balance = _balance_fp16 if k.dtype == np.float16 else _balance_fp32
+    return Channels(*balance(k_mean, k_spread), *_mean_and_spread(statistics(chunks_of(wide_v)), True))
+
+
+def _balance_fp32(k_mean, k_spread):
+    """`Channels.k_mean` to `q_factor`, of BF16 inputs."""
+    signs = rotation_signs(k_mean.shape[-1])
+    balance = np.sqrt(np.where(k_spread > 0, k_spread, np.float32(1)))
+    k_factor = signs * (np.float32(1) / balance)
+    return k_mean, k_factor, -(k_mean * k_factor), signs * balance
+
+
+def _balance_fp16(k_mean, k_spread):
+    """The same of FP16 inputs. The mean is the one that addend and factor, once they are rounded, stand for."""
+    least = np.maximum(MIN_SPREAD, np.abs(k_mean) * MIN_RELATIVE_SPREAD)
+    balance = np.sqrt(np.where(k_spread > 0, np.maximum(k_spread, least), np.float32(1)))
+    k_factor = formats.to_fp16(rotation_signs(k_mean.shape[-1]) * (np.float32(1) / balance))
+    factor = k_factor.astype(np.float32)
+    k_addend = formats.to_fp16(-(k_mean * factor))
+    return -k_addend.astype(np.float32) / factor, k_factor, k_addend, formats.to_fp16(np.float32(1) / factor)
 
 
 def _mean_and_spread(x, subtract_mean):
@@ -181,9 +221,8 @@ def rotation_signs(head_dim):
 
 
 def rotate(x):
-    """Signs, and Walsh-Hadamard butterflies within blocks of `ROTATION` channels, without the factor 1/4."""
+    """Walsh-Hadamard butterflies within blocks of `ROTATION` channels, without the factor 1/4."""
     *lead, head_dim = x.shape
-    x = x * rotation_signs(head_dim)
     h = 1
     with np.errstate(over="ignore", invalid="ignore"):
         while h < ROTATION:
@@ -194,15 +233,38 @@ def rotate(x):
     return x
 
 
-def _int8_codes(x, amax, rounded):
-    """Codes of `x` whose largest magnitude is `amax`; unrounded ones for `rounded=False`."""
+def _to_int8(x, axes, rounded):
+    """Codes of rotated numbers, and scales: one for all numbers along `axes`, which are kept with length 1.
+
+    `x(power)`: the numbers times a power of two, an array that broadcasts against them. A scale is not finite where
+    one of its numbers is not; the codes are 0 there. Unrounded codes for `rounded=False`.
+    """
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        inverse = np.where(amax > 0, INT8_MAX / amax, np.float32(0))
-        codes = x.astype(np.float64) * inverse  # exact, and so rounded once
-    if not rounded:
-        return codes.astype(np.float32)
-    codes = np.where(np.isnan(codes), 0, np.clip(np.rint(codes), -127, 127))
-    return codes.astype(np.int8)
+        values = x(np.float16(1))
+        amax = np.abs(values).max(axes, keepdims=True)
+        return (_to_int8_fp16(x, values, amax, axes) if values.dtype == np.float16 else
+                _to_int8_fp32(values, amax, rounded))  # fmt: skip
+
+
+def _to_int8_fp32(values, amax, rounded):
+    inverse = np.where(amax > 0, INT8_MAX / amax, np.float32(0))
+    codes = np.where(np.isfinite(amax), values, np.float32(0)).astype(np.float64) * inverse  # exact, so rounded once
+    if rounded:
+        codes = np.where(np.isnan(codes), 0, np.clip(np.rint(codes), -INT8_MAX, INT8_MAX))
+    return codes.astype(np.int8 if rounded else np.float32), amax / INT8_MAX
+
+
+def _to_int8_fp16(x, values, amax, axes):
+    small = (amax > 0) & (amax < SMALL_AMAX)
+    power = np.where(np.isfinite(amax), np.where(small, SCALE_UP, np.float16(1)), SCALE_DOWN)
+    if (power != 1).any():
+        values = x(power)
+        amax = np.abs(values).max(axes, keepdims=True)
+    amax, power = amax.astype(np.float32), power.astype(np.float32)
+    inverse = formats.to_fp16(np.fmin(INT8_MAX / amax, FP16_MAX)).astype(np.float32)
+    scale = np.where(amax > 0, np.float32(1) / inverse, amax) * (np.float32(1) / power)
+    codes = np.where(np.isfinite(amax), values, np.float16(0)) * inverse  # FP32, exact
+    return np.rint(codes).astype(np.int8), scale
 
 
 def softmax_scale(sm_scale):
@@ -212,15 +274,13 @@ def softmax_scale(sm_scale):
 
 def quantize_q(q, channels, sm_scale, plan, rounded=True):
     """INT8 codes with one scale a row. `channels`: those of the KV head."""
-    q = widen(q, plan.head_dim)
+    q = (padded if rounded else widen)(q, plan.head_dim)
+    factor = channels.q_factor[..., None, :]
+    codes, scale = _to_int8(lambda power: rotate(q * power.astype(q.dtype) * factor), -1, rounded)
+    scale = np.where(np.isfinite(scale), scale, np.float32(np.nan))[..., 0]
     with np.errstate(over="ignore", invalid="ignore"):
-        x = rotate(q * channels.balance[..., None, :])
-        amax = np.abs(x).max(axis=-1)
-        scale = amax / INT8_MAX * softmax_scale(sm_scale)
-        mean_dot = dot_with_mean(q, channels.k_mean)
-    usable = np.isfinite(amax)
-    codes = _int8_codes(np.where(usable[..., None], x, np.float32(0)), amax[..., None], rounded)
-    return QuantizedQ(codes, np.where(usable, scale, np.float32(np.nan)), mean_dot)
+        mean_dot = dot_with_mean(q.astype(np.float32), channels.k_mean)
+        return QuantizedQ(codes, scale * softmax_scale(sm_scale), mean_dot)
 
 
 def dot_with_mean(q, k_mean):
@@ -235,14 +295,20 @@ def dot_with_mean(q, k_mean):
 
 def quantize_k(k, channels, plan, rounded=True):
     """INT8 codes with one scale for every key group, a quarter of a tile."""
-    k = finite(widen(k, plan.head_dim))
-    factor = np.float32(1) / channels.balance[..., None, :]
-    x = rotate(formats.fma(k, factor, -(channels.k_mean[..., None, :] * factor)))
-    tiles = in_tiles(x, plan.block_n)
-    groups = tiles.reshape(*tiles.shape[:-2], KEY_GROUPS, plan.block_n // KEY_GROUPS, plan.head_dim)
-    amax = np.abs(groups).max(axis=(-2, -1))
-    codes = _int8_codes(groups, amax[..., None, None], rounded).reshape(tiles.shape)
-    scale = amax / INT8_MAX
+    k = finite((padded if rounded else widen)(k, plan.head_dim))
+    seq_kv = k.shape[-2]
+    groups = (*k.shape[:-2], -1, KEY_GROUPS, plan.block_n // KEY_GROUPS, plan.head_dim)
+    k = in_tiles(k, plan.block_n).reshape(groups)
+    exists = in_tiles(np.ones((seq_kv, 1), bool), plan.block_n).reshape(-1, *groups[-3:-1], 1)
+    factor, addend = (x[..., None, None, None, :] for x in (channels.k_factor, channels.k_addend))
+    fma = formats.fma16 if k.dtype == np.float16 else formats.fma
+
+    def x(power):
+        down, up = (limit(power, 1).astype(k.dtype) for limit in (np.minimum, np.maximum))
+        return rotate(np.where(exists, fma(k * down, factor, addend * down) * up, k.dtype.type(0)))
+
+    codes, scale = _to_int8(x, (-2, -1), rounded)
+    codes, scale = codes.reshape(*codes.shape[:-3], plan.block_n, plan.head_dim), scale[..., 0, 0]
     return QuantizedK(codes, scale, scale.max(axis=(-2, -1)))
 
 

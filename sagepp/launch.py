@@ -176,13 +176,14 @@ def _workspace(geometry: Geometry, plan: Plan, handovers: int) -> dict[str, tupl
     q_tiles, kv_tiles = -(-geometry.seq_q // plan.block_m), -(-geometry.seq_kv // n)
     chunk_keys = 8 if plan.v_dtype == "f16" else 16  # in 16 bytes of V
     channels = ((heads_kv, d), np.float32)
+    factors = ((heads_kv, d), np.float32 if geometry.bfloat16 else np.float16)
     rows = ((heads_q, q_tiles * plan.block_m), np.float32)
     return {
         "progress": ((heads_kv, 4), np.uint32),  # struct Progress
         "ticket": ((1,), np.uint32),  # the next work item of the attention kernel
         "arrivals": ((handovers,), np.uint32),
         "chunks": ((heads_kv, 2, SUM_CHUNKS, 2 * d), np.float32),  # K, V; struct ChunkStatistics
-        "k_mean": channels, "k_factor": channels, "k_addend": channels, "q_factor": channels,
+        "k_mean": channels, "k_factor": factors, "k_addend": factors, "q_factor": factors,
         "v_mean": channels, "v_inverse": channels, "v_scale": channels,
         "k_scale_max": ((heads_kv,), np.float32),
         "q_codes": ((heads_q, q_tiles, d // width, plan.block_m, width), np.int8),

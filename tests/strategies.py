@@ -79,6 +79,12 @@ def _largest(shape, dtype, rng):
     return np.asarray(ml_dtypes.finfo(dtype).max) * rng.choice([-1, 1], shape).astype(dtype)
 
 
+def _huge_rows(shape, dtype, rng):
+    """Small, but for one row in a hundred at the end of the range: Q and K overflow FP16 on the way to INT8."""
+    small = (0.1 * rng.standard_normal(shape)).astype(dtype)
+    return np.where(rng.random((*shape[:-1], 1)) < 0.01, _largest(shape, dtype, rng), small)
+
+
 def _offsets(shape, rng):
     return rng.standard_normal(shape) + 8 * rng.standard_normal((*shape[:-2], 1, shape[-1]))
 
@@ -119,6 +125,7 @@ _SIMPLE = {
     "small integers": lambda shape, rng: rng.integers(-2, 3, shape).astype(float),
     "peaked": lambda shape, rng: 8 * rng.standard_normal(shape),
     "tiny": lambda shape, rng: 1e-4 * rng.standard_normal(shape),
+    "tiniest": lambda shape, rng: 1e-6 * rng.standard_normal(shape),
     "spiked rows": _spiked,
     "rising": _rising,
     "not finite": _not_finite,
@@ -126,6 +133,7 @@ _SIMPLE = {
 _OF_DTYPE = {
     "subnormal": _subnormal,
     "largest": _largest,
+    "huge rows": _huge_rows,
     "any bits": _finite_bits,
     "mixture": _mixture,
 }

@@ -85,6 +85,59 @@ def test_fma_rounds_once_next_to_a_tie(a, b, distance, sign):
         assert _bits(formats.fma(a, b, c)) == _bits(_round(exact, round))
 
 
+half = st.integers(0, 2**16 - 1).map(lambda b: np.uint16(b).view(np.float16)).filter(np.isfinite)
+
+
+def _round16(x):
+    """A rational rounded to FP16, nearest even."""
+    if x == 0:
+        return np.float16(0)
+    n, d = abs(x).as_integer_ratio()
+    exponent = n.bit_length() - d.bit_length()
+    exponent -= Fraction(n, d) < Fraction(2) ** exponent
+    unit = Fraction(2) ** (max(exponent, -14) - 10)
+    magnitude = round(abs(x) / unit) * unit
+    return np.float16(math.copysign(math.inf if magnitude > 65504 else float(magnitude), x))
+
+
+@settings(max_examples=1000, deadline=None)
+@given(half, half, half)
+@example(np.float16(2.0**-24), np.float16(2.0**-24), np.float16(2.0**-14))  # below half a step of FP16, and of FP32
+@example(np.float16(2.0**-24), np.float16(1023 * 2.0**-24), np.float16(65504))  # not exact in float64
+@example(np.float16(2.0**-24), np.float16(-(2.0**-24)), np.float16(1 + 2.0**-10))
+@example(np.float16(32.03125), np.float16(0.5 + 2.0**-11), np.float16(32768))  # near a tie
+@example(np.float16(2.0**-12), np.float16(2.0**-13), np.float16(2.0**-24))  # a tie of subnormals
+@example(np.float16(2.0**-12), np.float16(2.0**-13), np.float16(0))  # half of the smallest number
+@example(np.float16(256), np.float16(256), np.float16(-48))  # at the overflow threshold
+def test_fma16_rounds_once(a, b, c):
+    fa, fb, fc = _rational(a, b, c)
+    assert formats.fma16(a, b, c) == _round16(fa * fb + fc)
+
+
+def test_fma16_rounds_once_beside_the_middle_of_two_numbers():
+    """A product that float64 cannot add to c exactly decides where c alone would be in the middle."""
+    rng = np.random.default_rng(0)
+    c = rng.integers(0x5000, 0x7800, 1000).astype(np.uint16).view(np.float16)  # 32 to 32768
+    half_step = np.spacing(c).astype(np.float64) / 2
+    a = np.float16(2.0**-12) * np.ones(1000, np.float16)
+    b = (half_step * 2.0**12 * (1 + 2.0**-10 * rng.integers(-3, 4, 1000))).astype(np.float16)
+    expected = [_round16(Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))) for x, y, z in zip(a, b, c)]
+    np.testing.assert_array_equal(formats.fma16(a, b, c), expected)
+
+
+def test_numpy_rounds_fp16_sums_and_products_once():
+    """float64 holds them exactly."""
+    a = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    a = a[np.isfinite(a)]
+    rng = np.random.default_rng(0)
+    near = (a.view(np.uint16) ^ rng.integers(0, 2**13, a.size).astype(np.uint16)).view(np.float16)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for b in (rng.permutation(a), rng.permutation(a), np.where(np.isfinite(near), near, a), -a[::-1]):
+            wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+            for result, expected in ((a + b, wide_a + wide_b), (a - b, wide_a - wide_b), (a * b, wide_a * wide_b)):
+                np.testing.assert_array_equal(result, expected.astype(np.float16))
+
+
 @settings(max_examples=300, deadline=None)
 @given(finite, finite)
 @example(FP32_MAX, np.float32(-2))
@@ -112,6 +165,13 @@ def test_add_rd_is_the_largest_fp32_not_above_the_sum(a, b):
     assert result == expected
     if fa + fb == 0:
         assert np.signbit(result) == (np.signbit(a) or np.signbit(b))
+
+
+def test_fma16_broadcasts_and_keeps_scalars():
+    a, b = np.ones((3, 1), np.float16), np.ones(4, np.float16)
+    assert formats.fma16(a, b, np.float16(2)).shape == (3, 4)
+    assert formats.fma16(a, b, np.float16(2)).dtype == np.float16
+    assert np.ndim(formats.fma16(*np.ones(3, np.float16))) == 0
 
 
 @pytest.mark.parametrize("operation", [formats.fma, formats.mul_ru, formats.add_rd, formats.div])

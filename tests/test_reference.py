@@ -156,8 +156,9 @@ def test_a_vector_added_to_every_key_shifts_the_lse_alone(plan, problem):
     (o, lse), (o2, lse2) = (run(problem, plan, x) for x in ((q, k, v), (q, k + vector, v)))
     shift = q.astype(np.float64) @ vector.astype(np.float64) * problem.head_dim**-0.5
     seen = np.isfinite(lse)
-    assert np.abs((lse + shift)[seen] - lse2[seen]).max(initial=0) < 0.02
-    assert np.abs(o.astype(np.float32) - o2.astype(np.float32)).max() < 0.1
+    assert np.abs((lse + shift)[seen] - lse2[seen]).max(initial=0) < 0.08  # other roundings: two errors
+    spread = np.abs(v.astype(np.float32)).max()
+    assert np.abs(o.astype(np.float32) - o2.astype(np.float32)).max() <= 0.15 * spread
 
 
 @each_kind_of_plan
@@ -383,7 +384,7 @@ def test_rotation_signs_are_balanced(head_dim):
 def _quantized(plan, seq_q=200, seq_kv=150):
     problem = Problem(batch=1, heads_kv=2, seq_q=seq_q, seq_kv=seq_kv, head_dim=plan.head_dim - 3)
     q, k, v = (x[0] for x in problem.arrays())
-    channels = quantize.channels_of(*(quantize.widen(x, plan.head_dim) for x in (k, v)), plan)
+    channels = quantize.channels_of(k, v, plan)
     return (quantize.quantize_q(q, channels, 0.125, plan), quantize.quantize_k(k, channels, plan),
             quantize.quantize_v(v, channels, plan)), (q, k, v), channels
 

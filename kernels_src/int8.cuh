@@ -66,6 +66,22 @@ __device__ __forceinline__ void load_factors(const unsigned short* p, Pair (&x)[
 
 __device__ __forceinline__ void load_factors(const float* p, float (&x)[8]) { load_floats(p, x); }
 
+// A number a channel, in shared memory.
+template <class T> struct Factors {
+    static constexpr int AT_ONCE = 16 / sizeof(T);
+    __align__(16) T of_channel[HEAD_DIM];
+
+    // By all threads of the CTA; there after `cp_async_commit`, `cp_async_wait` and a barrier.
+    __device__ __forceinline__ void copy(const T* from) {
+        for (int i = AT_ONCE * threadIdx.x; i < HEAD_DIM; i += AT_ONCE * THREADS)
+            cp_async_16(shared_address(of_channel + i), from + i);
+    }
+    // Those of channels 8 * vector ... 8 * vector + 7.
+    template <class Numbers> __device__ __forceinline__ void load(int vector, Numbers& x) const {
+        load_factors(of_channel + 8 * vector, x);
+    }
+};
+
 // fma(x, mean, dot) of 8 channels, in order.
 __device__ __forceinline__ void add_products(const float* x, const float (&mean)[8], float& dot) {
 #pragma unroll

@@ -40,6 +40,8 @@ constexpr int V_STEPS = ceil_div(V_CHUNKS, V_STEP), V_KEYS = V_CHUNK_KEYS / KEY_
 static_assert(GROUP_KEYS % WARP_ROWS == 0 && WARPS % GROUP_WARPS == 0 && KEY_GROUPS % PASS_GROUPS == 0,
               "a pass holds whole key groups");
 static_assert(K_PASSES <= PASSES, "there is room for a tile of K");
+static_assert(BLOCK_M % WARP_ROWS == 0 && WARP_ROWS % 8 == 0,
+              "a warp's rows of Q lie in one row block, and are swizzled as in any other place");
 static_assert(BLOCK_N % 16 == 0, "16 bytes of E4M3 are 4 keys of each key group");
 static_assert(!(V_F16 && ROW_SUM_ROWS), "the rows of the row sum are E4M3");
 
@@ -47,22 +49,6 @@ __device__ __forceinline__ int row_thread() { return threadIdx.x % ROW_THREADS; 
 __device__ __forceinline__ int warp_row() { return threadIdx.x % 32 / ROW_THREADS; }
 
 __device__ __forceinline__ int block_of_row(int b) { return row_thread() + ROW_THREADS * b; }
-
-// A number a channel, in shared memory.
-template <class T> struct Factors {
-    static constexpr int AT_ONCE = 16 / sizeof(T);
-    __align__(16) T of_channel[HEAD_DIM];
-
-    // By all threads of the CTA; there after `cp_async_commit`, `cp_async_wait` and a barrier.
-    __device__ __forceinline__ void copy(const T* from) {
-        for (int i = AT_ONCE * threadIdx.x; i < HEAD_DIM; i += AT_ONCE * THREADS)
-            cp_async_16(shared_address(of_channel + i), from + i);
-    }
-    // Those of channels 8 * vector ... 8 * vector + 7.
-    template <class Numbers> __device__ __forceinline__ void load(int vector, Numbers& x) const {
-        load_factors(of_channel + 8 * vector, x);
-    }
-};
 
 constexpr int VECTORS = HEAD_DIM / 8;         // of a row of input, 16 bytes each
 constexpr int CODE_CHUNKS = HEAD_DIM / 16;  // of a row of codes, 16 bytes each
@@ -72,8 +58,8 @@ constexpr int CODE_CHUNKS = HEAD_DIM / 16;  // of a row of codes, 16 bytes each
 __device__ __forceinline__ int vector_swizzle(int r) { return HEAD_DIM < 128 ? (r & 1) | (r & 2) << 1 : r & 1; }
 __device__ __forceinline__ int chunk_swizzle(int r) { return HEAD_DIM < 128 ? r & 2 : (r & 1) << 2; }
 
-// A pass of K is computed again where an element is NaN or infinite, which then count as 0, and a pass of FP16 inputs
-// where a row of Q, or a key group, overflows or is tiny: scaled, once more.
+// Attempts at a key group: where its numbers are not finite, a second one without the elements that are not; of FP16
+// inputs, where they still are not, or are tiny, a third one that is scaled.
 constexpr int CLEANED = 1, ATTEMPTS = IN_BF16 ? 2 : 3;
 
 struct Shared {
@@ -107,9 +93,12 @@ struct Shared {
 
 // ---- 2. rotation and INT8, Q and K -------------------------------------------------------------
 
-// Place of vector `half` (of 2) of a thread's block b in its row.
+// Place of vector `half` (of 2) of a thread's block b in its row: their number, swizzled. What is known of b when
+// compiled stays apart, so that it becomes an offset of the load.
 __device__ __forceinline__ int vector_place(int b, int half) {
-    return (2 * block_of_row(b) + half) ^ vector_swizzle(warp_row());
+    constexpr int STEP = 2 * ROW_THREADS;
+    const int swizzle = vector_swizzle(warp_row());
+    return (STEP * b ^ (swizzle & -STEP)) + ((2 * row_thread() + half) ^ (swizzle & (STEP - 1)));
 }
 
 // A thread's share of a row, 8 channels at a time: f(them, number of their vector, their block) may change them.
@@ -146,13 +135,29 @@ template <class F> __device__ __forceinline__ void replace_row(uint4 (&row)[VECT
 // What the numbers of the 16-byte chunks of a panel are xor-ed with in a row of codes.
 __device__ __forceinline__ int swizzle(int row) { return PANEL == 128 ? row & 7 : row >> 1 & 3; }
 
-// Codes of a warp's rows into a tile of `rows` rows, [panel][row][PANEL], 16-byte chunks swizzled; warp row r
-// is row `tile_row(r)` of the tile. By way of shared memory: whole lines are written at once.
-template <class Pass, class TileRow>
-__device__ __forceinline__ void store_codes(Pass& pass, signed char* tile, int rows, TileRow tile_row,
+// A thread's chunks of its warp's codes, on their way to a tile [panel][row][PANEL] of `rows` rows, 16-byte chunks
+// swizzled; warp row r is row `tile_row(r)` of the tile.
+struct CodePlaces {
+    static constexpr int COUNT = WARP_ROWS * CODE_CHUNKS / 32;
+    int shared_chunk[COUNT], offset[COUNT];  // number of the chunk, bytes in the tile
+
+    template <class TileRow> __device__ __forceinline__ CodePlaces(int rows, TileRow tile_row) {
+#pragma unroll
+        for (int j = 0; j < COUNT; ++j) {
+            const int i = 32 * j + threadIdx.x % 32, r = i / CODE_CHUNKS, chunk = i % CODE_CHUNKS, row = tile_row(r);
+            const int panel = chunk / (PANEL / 16), place = (chunk % (PANEL / 16)) ^ swizzle(row);
+            shared_chunk[j] = r * CODE_CHUNKS + (chunk ^ chunk_swizzle(r));
+            offset[j] = (panel * rows + row) * PANEL + 16 * place;
+        }
+    }
+};
+
+// Codes of a warp's rows into a tile, to `places`, where the offsets are xor-ed with `flip`. By way of shared memory:
+// whole lines are written at once.
+template <class Pass>
+__device__ __forceinline__ void store_codes(Pass& pass, signed char* tile, const CodePlaces& places, int flip,
                                             const RowValues<BLOCKS>& x, Number inverse) {
     auto& shared = pass.of_warp[threadIdx.x / 32];
-    const int lane = threadIdx.x % 32;
     __syncwarp();
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b)
@@ -160,12 +165,8 @@ __device__ __forceinline__ void store_codes(Pass& pass, signed char* tile, int r
             int8_codes(x[b], inverse);
     __syncwarp();
 #pragma unroll
-    for (int j = 0; j < WARP_ROWS * CODE_CHUNKS; j += 32) {
-        const int i = j + lane, r = i / CODE_CHUNKS, chunk = i % CODE_CHUNKS, row = tile_row(r);
-        const int panel = chunk / (PANEL / 16), place = (chunk % (PANEL / 16)) ^ swizzle(row);
-        reinterpret_cast<uint4*>(tile)[(panel * rows + row) * (PANEL / 16) + place] =
-            shared.codes[r * CODE_CHUNKS + (chunk ^ chunk_swizzle(r))];
-    }
+    for (int j = 0; j < CodePlaces::COUNT; ++j)
+        *reinterpret_cast<uint4*>(tile + (places.offset[j] ^ flip)) = shared.codes[places.shared_chunk[j]];
 }
 
 // Starts the copy of rows `first, first + 1, ...` for a warp's pass, zeros from `end` on.
@@ -196,6 +197,7 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
     cp_async_commit();
 #pragma unroll
     for (int pass = 1; pass < PASSES; ++pass) copy_pass(pass);
+    const CodePlaces places(BLOCK_M, [](int r) { return r; });  // of a warp's first row on, a multiple of WARP_ROWS
     cp_async_wait<PASSES - 1>();
     __syncthreads();
 #pragma unroll 1  // the code of all roles should fit the instruction cache
@@ -265,8 +267,7 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
         }
         const int first = row - warp_row();
         signed char* row_block = codes + static_cast<long long>(first / BLOCK_M) * BLOCK_M * HEAD_DIM;
-        store_codes(shared.passes[pass], row_block, BLOCK_M,
-                    [=](int r) { return first % BLOCK_M + r; }, x, inverse);
+        store_codes(shared.passes[pass], row_block + first % BLOCK_M * PANEL, places, 0, x, inverse);
         if (row_thread() == 0) {
             scale[row] = row_scale;
             if (WITH_MEAN_DOT) mean_dot[row] = dot[0];
@@ -294,6 +295,11 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
     cp_async_commit();
 #pragma unroll
     for (int pass = 1; pass < K_PASSES; ++pass) copy_pass(pass);
+    const CodePlaces places(BLOCK_N, [=](int r) {  // of key group 0: section 2, "Position of a key"
+        const int p = place - warp_row() + r;
+        return p / 2 * 8 + p % 2;
+    });
+    constexpr int GROUP_FLIP = 2 * PANEL + 16 * (PANEL == 128 ? 2 : 1);  // two rows on, and what that does to `swizzle`
     cp_async_wait<K_PASSES - 1>();
     __syncthreads();
 #pragma unroll 1
@@ -320,7 +326,7 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
                     for (int i = 0; i < VECTOR_NUMBERS; ++i) y[i] = fma_rn(y[i], factor[i], addend[i]);
                 });
             }
-            if (IN_BF16 && !exists) set_zero(x);
+            if (IN_BF16 && !exists) set_zero(x);  // FP16: not loaded with an addend
             rotate(x);
             amax = largest_of_warp(largest(x));
             if (GROUP_WARPS > 1) {
@@ -352,10 +358,7 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
 #endif
         }
         const Number inverse = inverse_of(x, amax);
-        store_codes(shared.passes[pass], codes, BLOCK_N, [=](int r) {
-            const int p = place - warp_row() + r;
-            return p / 2 * 8 + group * 2 + p % 2;  // section 2, "Position of a key"
-        }, x, inverse);
+        store_codes(shared.passes[pass], codes, places, group * GROUP_FLIP, x, inverse);
         if (warp % GROUP_WARPS == 0 && threadIdx.x % 32 == 0) {
             const float group_scale = __fmul_rn(int8_scale(amax, inverse), unscale);
             scale[group] = group_scale;

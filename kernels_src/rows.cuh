@@ -6,6 +6,8 @@
 typedef unsigned short Half;  // FP16 or BF16 bits
 
 constexpr int THREADS = 128, WARPS = 4;  // of a CTA
+constexpr int KEY_GROUPS = 4;            // scales of K a tile
+constexpr int GROUP_KEYS = BLOCK_N / KEY_GROUPS;
 
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256, "padded head dimension");
 

@@ -220,13 +220,13 @@ def _ctas_an_sm(plan: Plan) -> int:
 def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, int]:
     """CTAs of `quantize`, and by how many KV heads its statistics are ahead of its codes.
 
-    So many heads that their CTAs fill the GPU: the statistics are then ready before the codes start.
+    Far enough for the statistics to be ready when the codes start, and not so far that V has left L2 by then.
     """
     g = geometry
     heads_kv = g.batch * g.num_heads_kv
     kv_ctas = _statistics_ctas(plan, g.seq_kv) + -(-g.seq_kv // plan.block_n) * _kv_ctas(plan)
     q_ctas = -(-_align(g.seq_q, plan.block_m) // _q_cta_rows(plan))
-    lead = max(8, math.ceil(1.2 * _ctas_an_sm(plan) * num_sms / kv_ctas))
+    lead = max(4, math.ceil(0.65 * _ctas_an_sm(plan) * num_sms / kv_ctas))
     return heads_kv * kv_ctas + g.batch * g.num_heads_q * q_ctas, min(heads_kv, lead)
 
 

@@ -1,0 +1,189 @@
+// Section 3 of docs/numerics.md: V to E4M3 (or FP16), transposed, and `v_offset`.
+#pragma once
+
+#include "int8.cuh"
+#include "progress.cuh"
+
+constexpr int V_CHUNK_KEYS = V_F16 ? 8 : 16;            // keys in a chunk, 16 bytes of codes of V
+constexpr int V_CHUNKS = BLOCK_N / V_CHUNK_KEYS;        // of a tile
+constexpr int V_ROWS = HEAD_DIM + ROW_SUM_ROWS;
+
+// A warp makes the codes of a chunk and 64 channels, from V_KEYS keys of every key group. V_WIDTH warps beside
+// each other make V_CHANNELS channels of the chunk, and the CTA V_STEP chunks a step. V_CTAS: CTAs of a tile.
+constexpr int V_CHANNELS = HEAD_DIM < 128 ? HEAD_DIM : 128, V_CTAS = HEAD_DIM / V_CHANNELS;
+constexpr int V_WIDTH = V_CHANNELS / 64, V_STEP = WARPS / V_WIDTH;
+constexpr int V_STEPS = ceil_div(V_CHUNKS, V_STEP), V_KEYS = V_CHUNK_KEYS / KEY_GROUPS;
+
+static_assert(BLOCK_N % 16 == 0, "16 bytes of E4M3 are 4 keys of each key group");
+static_assert(!(V_F16 && ROW_SUM_ROWS), "the rows of the row sum are E4M3");
+
+// In shared memory: a chunk's keys of 64 channels for each warp and step, two channels in a word, whose place its codes
+// take; what the codes of a warp's channels lost; and the sums of the threads' ranges of tiles.
+typedef unsigned VRows[V_STEPS][WARPS][KEY_GROUPS * V_KEYS][32];
+typedef unsigned VLost[WARPS][64];
+typedef uint4 VRangeSums[THREADS];
+
+[[maybe_unused]] constexpr float LOST_UNIT = 65536.0f;  // `lost` counts 1 / 65536 of V's codes
+
+// Row of a channel in a tile of V (`channel_order` of the reference is the inverse). For `wgmma`, where a thread
+// has columns 2t and 2t + 1 of every 8 of the product, these are 8 neighbouring channels of every 32.
+__device__ __forceinline__ int v_row(int channel) {
+    if (!ROW_SUM_ROWS) return channel;
+    return (channel & ~31) | (channel >> 1 & 3) << 3 | (channel >> 3 & 3) << 1 | (channel & 1);
+}
+
+// Codes of one channel and V_KEYS consecutive keys of a key group, as a word. Adds what each of them lost, in
+// 1 / 65536 and with ROUNDING_BITS too many, to `lost`.
+__device__ __forceinline__ unsigned v_codes_word(const float (&y)[V_KEYS], unsigned& lost) {
+#if V_F16
+    return cvt_f16x2(y[0], y[1]);
+#else
+    const unsigned word = cvt_e4m3x4(y[0], y[1], y[2], y[3]);
+    float value[4];
+    from_e4m3(word, value);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        // fma: the product by 65536 is exact, so this rounds to the integer, as to_int_rn does
+        lost += __float_as_uint(__fmaf_rn(__fsub_rn(y[i], value[i]), LOST_UNIT, ROUNDING)) +
+                __float_as_uint(__fmaf_rn(__fsub_rn(y[i + 1], value[i + 1]), LOST_UNIT, ROUNDING));
+    }
+    return word;
+#endif
+}
+
+// Part number `part` of a tile of V, V_CHANNELS channels: a warp takes a chunk of 64 channels at a time.
+// codes: [V_CHUNKS][V_ROWS][16 bytes]; lost_out: [HEAD_DIM], in 1 / 65536 of a code (not with FP16 codes).
+__device__ __forceinline__ void quantize_v(VRows& v, VLost& lost_of_warp, const Rows& rows, int seq_kv, int tile,
+                                           int part, const unsigned& statistics, int done, const float* v_mean,
+                                           const float* v_inverse, unsigned char* codes, unsigned* lost_out) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int first_channel = part * V_CHANNELS + warp % V_WIDTH * 64;
+    const int warp_key = tile * BLOCK_N + warp / V_WIDTH * V_KEYS;
+    const auto has_step = [=](int step) {  // whether there is a chunk for this warp
+        return V_CHUNKS % V_STEP == 0 || warp / V_WIDTH + step * V_STEP < V_CHUNKS;
+    };
+    const auto copy_step = [&](int step) {
+        if (!has_step(step)) return cp_async_commit();
+        const int t = lane / 8;  // the key group
+        const int key = warp_key + step * V_STEP * V_KEYS + t * GROUP_KEYS, channel = first_channel + lane % 8 * 8;
+        const Half* p = rows.at(key, channel);
+#pragma unroll
+        for (int i = 0; i < V_KEYS; ++i, p += rows.stride)
+            rows.copy(reinterpret_cast<uint4*>(v[step][warp][t * V_KEYS + i]) + lane % 8, p, channel,
+                      key + i < seq_kv);
+        cp_async_commit();
+    };
+    copy_step(0);
+    const bool special = wait(statistics, done), whole = (tile + 1) * BLOCK_N <= seq_kv;
+    const int channel = first_channel + 2 * lane;
+    const float2 mean = __ldcg(reinterpret_cast<const float2*>(v_mean + channel));
+    const float2 inverse = __ldcg(reinterpret_cast<const float2*>(v_inverse + channel));
+#pragma unroll
+    for (int step = 1; step < V_STEPS; ++step) copy_step(step);
+    unsigned lost[2] = {};
+#pragma unroll 1
+    for (int step = 0; step < V_STEPS; ++step) {
+        if (step == 0) cp_async_wait<V_STEPS - 1>();
+        else cp_async_wait<0>();
+        __syncwarp();
+        if (!has_step(step)) break;
+        if (special) {
+#pragma unroll 1
+            for (int i = 0; i < KEY_GROUPS * V_KEYS; ++i)
+                v[step][warp][i][lane] = finite(v[step][warp][i][lane]);
+        }
+        unsigned raw[KEY_GROUPS][V_KEYS];
+#pragma unroll
+        for (int t = 0; t < KEY_GROUPS; ++t) {
+#pragma unroll
+            for (int i = 0; i < V_KEYS; ++i) {
+                raw[t][i] = v[step][warp][t * V_KEYS + i][lane];
+            }
+        }
+        unsigned word[2][KEY_GROUPS];
+#pragma unroll
+        for (int t = 0; t < KEY_GROUPS; ++t) {
+            float y[2][V_KEYS];
+#pragma unroll
+            for (int i = 0; i < V_KEYS; ++i) {
+                const float2 x = widen(raw[t][i]);
+                y[0][i] = __fmul_rn(__fsub_rn(x.x, mean.x), inverse.x);
+                y[1][i] = __fmul_rn(__fsub_rn(x.y, mean.y), inverse.y);
+            }
+            if (!whole) {
+                const int keys = seq_kv - (warp_key + step * V_STEP * V_KEYS + t * GROUP_KEYS);  // that exist
+#pragma unroll
+                for (int i = 0; i < V_KEYS; ++i) {
+                    if (i >= keys) y[0][i] = y[1][i] = 0.0f;
+                }
+            }
+            word[0][t] = v_codes_word(y[0], lost[0]);
+            word[1][t] = v_codes_word(y[1], lost[1]);
+        }
+        uint4* out = reinterpret_cast<uint4*>(codes) + (warp / V_WIDTH + step * V_STEP) * V_ROWS + first_channel;
+        const uint4 low = make_uint4(word[0][0], word[0][1], word[0][2], word[0][3]);
+        const uint4 high = make_uint4(word[1][0], word[1][1], word[1][2], word[1][3]);
+        uint4* staged = reinterpret_cast<uint4*>(v[step][warp]);
+        __syncwarp();
+        staged[v_row(2 * lane)] = low, staged[v_row(2 * lane + 1)] = high;
+        __syncwarp();
+        out[lane] = staged[lane];
+        out[lane + 32] = staged[lane + 32];
+    }
+#if ROW_SUM_ROWS
+    // four E4M3 codes of ROW_SUM_UNIT: a power of two, whose exponent has the bias 7 instead of 127
+    const unsigned unit = (__float_as_uint(ROW_SUM_UNIT) / (1 << 23) - 120) * 8 * 0x01010101u;
+    for (int i = threadIdx.x; part == 0 && i < V_CHUNKS * ROW_SUM_ROWS; i += THREADS)
+        reinterpret_cast<uint4*>(codes)[i / ROW_SUM_ROWS * V_ROWS + HEAD_DIM + i % ROW_SUM_ROWS] =
+            make_uint4(unit, unit, unit, unit);
+#endif
+#if !V_F16
+    lost_of_warp[warp][2 * lane] = lost[0];
+    lost_of_warp[warp][2 * lane + 1] = lost[1];
+    __syncthreads();
+    const int c = threadIdx.x;
+    if (c < V_CHANNELS) {
+        unsigned sum = 0u - BLOCK_N * ROUNDING_BITS;
+#pragma unroll
+        for (int i = 0; i < V_STEP; ++i) sum += lost_of_warp[i * V_WIDTH + c / 64][c % 64];
+        lost_out[part * V_CHANNELS + c] = sum;
+    }
+#endif
+}
+
+// v_offset[n] of a head for n = 0 ... num_tiles: a thread takes 4 channels and a range of the tiles.
+// lost: [num_tiles][HEAD_DIM]; v_offset: [num_tiles + 1][HEAD_DIM].
+__device__ __forceinline__ void finish_v_offset(VRangeSums& range_sums, const unsigned* lost, int num_tiles, int seq_kv,
+                                                const float* v_mean, const float* v_scale, float* v_offset) {
+    constexpr int WIDTH = HEAD_DIM / 4, RANGES = THREADS / WIDTH;
+    const int thread = threadIdx.x % WIDTH, range = threadIdx.x / WIDTH, range_tiles = ceil_div(num_tiles, RANGES);
+    const int begin = range * range_tiles, end = min(begin + range_tiles, num_tiles);
+    const float4 mean = reinterpret_cast<const float4*>(v_mean)[thread];
+    float4* out = reinterpret_cast<float4*>(v_offset) + thread;
+    if (range == 0) out[0] = mean;
+#if V_F16
+    for (int tile = begin; tile < end; ++tile) out[(tile + 1LL) * WIDTH] = mean;
+#else
+    const float4 scale = reinterpret_cast<const float4*>(v_scale)[thread];
+    const uint4* in = reinterpret_cast<const uint4*>(lost) + thread;
+    const auto add = [](uint4& sum, uint4 x) { sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w; };
+    uint4 sum = {};
+#pragma unroll 8
+    for (int tile = begin; tile < end; ++tile) add(sum, __ldcg(in + static_cast<long long>(tile) * WIDTH));
+    range_sums[threadIdx.x] = sum;
+    __syncthreads();
+    sum = {};
+    for (int i = 0; i < range; ++i) add(sum, range_sums[i * WIDTH + thread]);
+#pragma unroll 4
+    for (int tile = begin; tile < end; ++tile) {
+        add(sum, __ldcg(in + static_cast<long long>(tile) * WIDTH));
+        const int keys = static_cast<int>(min((tile + 1LL) * BLOCK_N, static_cast<long long>(seq_kv)));
+        const float unit = __fmul_rn(LOST_UNIT, __int2float_rn(keys));
+        const auto offset = [=](float scale, unsigned lost, float mean) {
+            return __fmaf_rn(__fdiv_rn(scale, unit), __int2float_rn(static_cast<int>(lost)), mean);
+        };
+        out[(tile + 1LL) * WIDTH] = make_float4(offset(scale.x, sum.x, mean.x), offset(scale.y, sum.y, mean.y),
+                                                offset(scale.z, sum.z, mean.z), offset(scale.w, sum.w, mean.w));
+    }
+#endif
+}

@@ -553,7 +553,7 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
     __syncthreads();
     if (threadIdx.x < 128) {
         registers_lower<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0)
+        if (threadIdx.x < 32 && elect_one())
             produce(shared, q_codes, q_scale, q_mean_dot, k_codes, k_scale, k_scale_max, v_codes, v_scale, v_offset,
                     problem, ticket, arrivals);
     } else {

@@ -57,6 +57,14 @@ template <int COUNT> struct RingPosition {
 
 // ---- roles -------------------------------------------------------------------------------------
 
+// Whether this thread is the one of its warp that is elected. What one thread does alone, ptxas can do in uniform
+// registers; behind a comparison of threadIdx.x it does not know that there is one, and loops around every bulk copy.
+__device__ __forceinline__ bool elect_one() {
+    unsigned elected;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+    return elected;
+}
+
 template <int REGISTERS> __device__ __forceinline__ void registers_raise() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }

@@ -146,19 +146,25 @@ def test_order_of_keys_matters_within_rounding(plan, problem, seed):
     assert np.abs(o.astype(np.float32) - o2.astype(np.float32)).max() <= 0.15 * spread
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @each_kind_of_plan
 @settings(max_examples=5)
-@given(problem=problems(**small, kinds=("normal",), dtype="float16", smooth_k=True, sm_scale=None))
-def test_a_vector_added_to_every_key_shifts_the_lse_alone(plan, problem):
+@given(data=st.data())
+def test_a_vector_added_to_every_key_shifts_the_lse_alone(plan, dtype, data):
+    """In FP32 the same numbers are left of K; in FP16 others, as the mean is rounded: two errors of INT8."""
+    problem = data.draw(problems(**small, kinds=("normal",), dtype=dtype, smooth_k=True, sm_scale=None))
     q, k, v = problem.arrays()
-    k = (np.round(k.astype(np.float32) * 64) / 64).astype(np.float16)  # so that the sum is exact
-    vector = np.random.default_rng(problem.seed).integers(-8, 9, problem.head_dim).astype(np.float16)
+    k = (np.round(k.astype(np.float32) * 16) / 16).astype(k.dtype)  # so that the sum is exact
+    vector = np.random.default_rng(problem.seed).integers(-8, 9, problem.head_dim).astype(k.dtype)
     (o, lse), (o2, lse2) = (run(problem, plan, x) for x in ((q, k, v), (q, k + vector, v)))
     shift = q.astype(np.float64) @ vector.astype(np.float64) * problem.head_dim**-0.5
     seen = np.isfinite(lse)
-    assert np.abs((lse + shift)[seen] - lse2[seen]).max(initial=0) < 0.08  # other roundings: two errors
-    spread = np.abs(v.astype(np.float32)).max()
-    assert np.abs(o.astype(np.float32) - o2.astype(np.float32)).max() <= 0.15 * spread
+    lse_bound, o_bound = 0.03, 0.1  # a code of P that is rounded the other way, of two
+    if dtype == "float16":
+        lse_bound = 0.08 if plan.p_form == "code" else 0.05  # 6% of P, where a row sees one key
+        o_bound = 0.15 * np.abs(v.astype(np.float32)).max()
+    assert np.abs((lse + shift)[seen] - lse2[seen]).max(initial=0) < lse_bound
+    assert np.abs(o.astype(np.float32) - o2.astype(np.float32)).max() <= o_bound
 
 
 @each_kind_of_plan

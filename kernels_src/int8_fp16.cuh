@@ -93,7 +93,7 @@ __device__ __forceinline__ float power_of(float amax) {
 }
 
 // fp16(min(div(127, amax), 65504)), twice. The quotient is nowhere so near to the middle of two FP16 numbers that
-// half an ulp and a little of FP32 would matter (tests/test_formats.py). The minimum of NaN, where amax is 0, is 65504.
+// half an ulp and a little of FP32 would matter (tests/test_int8.py). The minimum of NaN, where amax is 0, is 65504.
 __device__ __forceinline__ Pair int8_inverse(float amax) {
     const float r = rcp(amax), quotient = __fmul_rn(127.0f, r);
     const float inverse = fminf(__fmaf_rn(__fmaf_rn(-amax, quotient, 127.0f), r, quotient), 65504.0f);

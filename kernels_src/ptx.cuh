@@ -11,9 +11,14 @@ __device__ __forceinline__ unsigned warp_max(unsigned x) {
     return y;
 }
 
-// Barrier number `barrier` (0 is that of __syncthreads) of `threads` threads, whole warps.
-__device__ __forceinline__ void sync_warps(int barrier, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+// Barrier of THREADS threads, whole warps, of which there are COUNT such groups: `group` is the thread's. The numbers
+// are constants (0 is that of __syncthreads), because a kernel for which they are not has all 16 barriers of a CTA, and
+// an SM has 64.
+template <int COUNT, int THREADS> __device__ __forceinline__ void sync_group(int group) {
+    if constexpr (COUNT > 1) {
+        if (group < COUNT - 1) return sync_group<COUNT - 1, THREADS>(group);
+    }
+    asm volatile("bar.sync %0, %1;" ::"n"(COUNT), "n"(THREADS) : "memory");
 }
 
 // ---- shared memory and asynchronous copies -----------------------------------------------------

@@ -316,7 +316,7 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
             if (GROUP_WARPS > 1) {
                 float* of_warps = shared.warp_amax[attempt][pass] + warp / GROUP_WARPS * GROUP_WARPS;
                 if (threadIdx.x % 32 == 0) of_warps[warp % GROUP_WARPS] = amax;
-                sync_warps(1 + warp / GROUP_WARPS, 32 * GROUP_WARPS);
+                sync_group<PASS_GROUPS, 32 * GROUP_WARPS>(warp / GROUP_WARPS);
 #pragma unroll
                 for (int i = 0; i < GROUP_WARPS; ++i) amax = max_or_nan(amax, of_warps[i]);
             }

@@ -60,6 +60,7 @@ class Resources(NamedTuple):
     spill_loads: int  #: bytes a thread
     stack: int  #: bytes a thread
     shared: int  #: bytes a CTA, static shared memory only
+    barriers: int  #: of the 16 that a CTA can have; an SM has 64
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def parse_resources(log: str) -> dict[str, Resources]:
         found[name] = Resources(
             registers=int(re.search(r"Used (\d+) registers", block)[1]),
             spill_stores=number("bytes spill stores"), spill_loads=number("bytes spill loads"),
-            stack=number("bytes stack frame"), shared=number("bytes smem"))
+            stack=number("bytes stack frame"), shared=number("bytes smem"), barriers=number("barriers"))
     return found
 
 

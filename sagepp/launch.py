@@ -226,7 +226,7 @@ def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, i
     heads_kv = g.batch * g.num_heads_kv
     kv_ctas = _statistics_ctas(plan, g.seq_kv) + -(-g.seq_kv // plan.block_n) * _kv_ctas(plan)
     q_ctas = -(-_align(g.seq_q, plan.block_m) // _q_cta_rows(plan))
-    ahead = 0.6 * 128 / plan.head_dim  # of the CTAs that the GPU holds
+    ahead = 0.9 * 128 / plan.head_dim  # of the CTAs that the GPU holds
     lead = max(4, math.ceil(ahead * _ctas_an_sm(plan) * num_sms / kv_ctas))
     return heads_kv * kv_ctas + g.batch * g.num_heads_q * q_ctas, min(heads_kv, lead)
 

@@ -286,6 +286,18 @@ def test_two_ctas_share_an_sm_on_ada(head_dim):
             assert 2 * registers <= 65536 and 2 * shared <= 100 * 1024, (str(variant), registers, shared)
 
 
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.function == "quantize"], ids=str)
+def test_as_many_ctas_of_the_quantiser_share_an_sm_as_the_launch_counts_on(variant):
+    """65536 registers, given out by 8 a thread, and 64 barriers; on data centre GPUs from Hopper on 228 KiB of shared
+    memory, of which a CTA takes 1 for itself."""
+    used, head_dim = compiled(variant).resources["quantize"], dict(variant.defines)["HEAD_DIM"]
+    ctas = launch._ctas_an_sm(make_plan(variant.arch, head_dim))
+    registers = -(-used.registers // 8) * 8 * 32 * launch.QUANTIZE_WARPS
+    assert ctas * registers <= 65536 and 0 < ctas * used.barriers <= 64, used
+    if variant.arch in ("sm_90a", "sm_100a"):
+        assert ctas * (used.shared + 1024) <= 228 * 1024, used
+
+
 @pytest.mark.parametrize(
     "variant", [v for v in VARIANTS if v.function == "quantize" and not dict(v.defines)["V_F16"]], ids=str)
 def test_every_e4m3_code_that_is_read_back_was_written(variant):

@@ -7,7 +7,7 @@
 struct Progress {
     unsigned statistics[2];  // of K, of V: STATISTICS_DONE in the end, and SPECIAL for each special chunk
     unsigned v_tiles;
-    unsigned unused;  // 16 bytes a head, as sagepp/launch.py clears them
+    unsigned v_exceeds;  // not 0 where V does not fit the scale of a sample
 };
 
 constexpr unsigned SPECIAL = 0x10000;  // counts chunks with a NaN or an infinity, above the arrivals

@@ -7,7 +7,7 @@
 // finishes it (`progress.cuh`).
 //
 // Compiled with: HEAD_DIM, BLOCK_M, BLOCK_N, V_F16, V_MAX, ROW_SUM_ROWS (above 0 for `wgmma` alone),
-// ROW_SUM_UNIT, SAMPLE_K, IN_BF16, WITH_MEAN_DOT, SMOOTH_K, ALIGNED (`quantize_defines` in sagepp/launch.py).
+// ROW_SUM_UNIT, SAMPLE_KEYS, IN_BF16, WITH_MEAN_DOT, SMOOTH_K, ALIGNED (`quantize_defines` in sagepp/launch.py).
 
 #include "int8.cuh"
 #include "quantize_v.cuh"
@@ -71,7 +71,7 @@ struct Shared {
             };
             float warp_amax[ATTEMPTS][PASSES][WARPS];
         };
-        VLost lost;
+        VSums v_sums;
     };
 };
 
@@ -353,6 +353,28 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
 
 // ---- the kernel --------------------------------------------------------------------------------
 
+// All of a head of V by the statistics of all its keys, where a sample's do not fit. One CTA does it, and it is rare.
+__device__ __noinline__ void requantize_v(Shared& shared, Rows rows, int seq_kv, int num_tiles, Progress& done,
+                                          ChunkStatistics* chunks, float* v_mean, float* v_inverse, float* v_scale,
+                                          unsigned char* codes, unsigned* lost) {
+    const Keys keys(seq_kv, false);
+    bool special = false;
+#pragma unroll 1
+    for (int chunk = 0; chunk < keys.chunks; ++chunk) {
+        special |= chunk_statistics(rows, keys, chunk, shared.statistics, chunks[chunk]);
+        __syncthreads();
+    }
+    finish_v(chunks, keys, v_mean, v_inverse, v_scale);
+    arrive(done.statistics[1], keys.done() + (special ? SPECIAL : 0));
+#pragma unroll 1
+    for (int part = 0; part < num_tiles * V_CTAS; ++part) {
+        const long long tile = part / V_CTAS;
+        quantize_v(shared.v, shared.v_sums, rows, tile, part % V_CTAS, done.statistics[1], keys, v_mean, v_inverse,
+                   codes + tile * (V_CHUNKS * V_ROWS * 16), lost + tile * HEAD_DIM);
+    }
+    __syncthreads();
+}
+
 // A KV head of the batch has a CTA for each chunk of its statistics (K, then V), V_CTAS a tile for the codes of V and
 // one a tile for those of K. In the grid, the statistics of the first `lead` heads come first; then, in rounds, the
 // statistics of head `round + lead` and the codes of head `round`; then the codes of the last `lead` heads; and last,
@@ -369,9 +391,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
     float* v_inverse, float* v_scale, signed char* q_codes, float* q_scale, float* q_mean_dot, signed char* k_codes,
     float* k_scale, float* k_scale_max, unsigned char* v_codes, unsigned* lost, float* v_offset, int batch,
     int num_heads_q, int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale, int lead) {
-    __shared__ __align__(16) Shared shared;
-    const Keys keys_k(seq_kv, false), keys_v(seq_kv, true);
-    const unsigned k_chunks = keys_k.chunks, statistics_ctas = k_chunks + keys_v.chunks;
+    __shared__ __align__(128) Shared shared;
+    const Keys keys(seq_kv, true);
+    const unsigned statistics_ctas = 2 * keys.chunks;
     const int num_tiles = ceil_div(seq_kv, BLOCK_N), padded_rows = ceil_div(seq_q, BLOCK_M) * BLOCK_M;
     const unsigned v_ctas = num_tiles * V_CTAS, code_ctas = v_ctas + num_tiles;
     const unsigned q_ctas = ceil_div(padded_rows, Q_CTA_ROWS), heads = batch * num_heads_kv;
@@ -401,11 +423,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
     Progress& done = progress[head];
 
     if (is_statistics) {
-        const bool is_v = index >= k_chunks;
-        const Keys keys(seq_kv, is_v);
+        const bool is_v = index >= keys.chunks;
         const Rows rows = is_v ? Rows(v, b, h, v_stride_b, v_stride_h, v_stride_s, head_dim)
                                : Rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
-        const int chunk = is_v ? index - k_chunks : index;
+        const int chunk = is_v ? index - keys.chunks : index;
         chunks += (2LL * head + is_v) * SUM_CHUNKS;
         const bool special = chunk_statistics(rows, keys, chunk, shared.statistics, chunks[chunk]);
         if (arrive(done.statistics[is_v], special ? SPECIAL + 1 : 1) % SPECIAL != keys.chunks - 1) return;
@@ -420,25 +441,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
         const int q_head = h * group + index / q_ctas;
         const Rows rows(q, b, q_head, q_stride_b, q_stride_h, q_stride_s, head_dim);
         const long long row = (static_cast<long long>(b) * num_heads_q + q_head) * padded_rows;
-        quantize_q(shared, rows, seq_q, padded_rows, index % q_ctas * Q_CTA_ROWS, done.statistics[0], keys_k.done(),
+        quantize_q(shared, rows, seq_q, padded_rows, index % q_ctas * Q_CTA_ROWS, done.statistics[0], keys.done(),
                    k_mean + channels, q_factor + channels, q_codes + row * HEAD_DIM, q_scale + row, q_mean_dot + row,
                    softmax_scale);
     } else if (index < v_ctas) {
         const Rows rows(v, b, h, v_stride_b, v_stride_h, v_stride_s, head_dim);
-        const int part = index % V_CTAS;
-        index /= V_CTAS;
-        const long long tile = static_cast<long long>(head) * num_tiles + index;
-        quantize_v(shared.v, shared.lost, rows, seq_kv, index, part, done.statistics[1], keys_v.done(),
-                   v_mean + channels, v_inverse + channels, v_codes + tile * (V_CHUNKS * V_ROWS * 16),
-                   lost + tile * HEAD_DIM);
-        if (arrive(done.v_tiles, 1) == v_ctas - 1)
-            finish_v_offset(shared.range_sums, lost + num_tiles * channels, num_tiles, seq_kv, v_mean + channels,
-                            v_scale + channels, v_offset + (num_tiles + 1) * channels);
+        const long long tile = index / V_CTAS, first_tile = static_cast<long long>(head) * num_tiles;
+        v_codes += first_tile * (V_CHUNKS * V_ROWS * 16), lost += first_tile * HEAD_DIM;
+        v_mean += channels, v_inverse += channels, v_scale += channels;
+        if (quantize_v(shared.v, shared.v_sums, rows, tile, index % V_CTAS, done.statistics[1], keys, v_mean, v_inverse,
+                       v_codes + tile * (V_CHUNKS * V_ROWS * 16), lost + tile * HEAD_DIM))
+            done.v_exceeds = 1;
+        if (arrive(done.v_tiles, 1) != v_ctas - 1) return;
+        if (SAMPLE_KEYS && keys.is_sample() && load_acquire(&done.v_exceeds))
+            requantize_v(shared, rows, seq_kv, num_tiles, done, chunks + (2LL * head + 1) * SUM_CHUNKS, v_mean, v_inverse,
+                         v_scale, v_codes, lost);
+        finish_v_offset(shared.range_sums, lost, num_tiles, seq_kv, v_mean, v_scale,
+                        v_offset + (num_tiles + 1) * channels);
     } else {
         index -= v_ctas;
         const Rows rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
         const long long tile = static_cast<long long>(head) * num_tiles + index;
-        quantize_k(shared, rows, seq_kv, index, done.statistics[0], keys_k.done(), k_factor + channels,
+        quantize_k(shared, rows, seq_kv, index, done.statistics[0], keys.done(), k_factor + channels,
                    k_addend + channels, k_codes + tile * (BLOCK_N * HEAD_DIM), k_scale + tile * KEY_GROUPS,
                    k_scale_max + head);
     }

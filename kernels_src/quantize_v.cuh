@@ -3,6 +3,7 @@
 
 #include "int8.cuh"
 #include "progress.cuh"
+#include "statistics.cuh"
 
 constexpr int V_CHUNK_KEYS = V_F16 ? 8 : 16;            // keys in a chunk, 16 bytes of codes of V
 constexpr int V_CHUNKS = BLOCK_N / V_CHUNK_KEYS;        // of a tile
@@ -18,9 +19,12 @@ static_assert(BLOCK_N % 16 == 0, "16 bytes of E4M3 are 4 keys of each key group"
 static_assert(!(V_F16 && ROW_SUM_ROWS), "the rows of the row sum are E4M3");
 
 // In shared memory: a chunk's keys of 64 channels for each warp and step, two channels in a word, whose place its codes
-// take; what the codes of a warp's channels lost; and the sums of the threads' ranges of tiles.
+// take; sums over a warp's keys; and the sums of the threads' ranges of tiles.
 typedef unsigned VRows[V_STEPS][WARPS][KEY_GROUPS * V_KEYS][32];
-typedef unsigned VLost[WARPS][64];
+typedef struct {
+    unsigned lost[WARPS][64];
+    float magnitude[WARPS][64];
+} VSums;
 typedef uint4 VRangeSums[THREADS];
 
 [[maybe_unused]] constexpr float LOST_UNIT = 65536.0f;  // `lost` counts 1 / 65536 of V's codes
@@ -33,8 +37,9 @@ __device__ __forceinline__ int v_row(int channel) {
 }
 
 // Codes of one channel and V_KEYS consecutive keys of a key group, as a word. Adds what each of them lost, in
-// 1 / 65536 and with ROUNDING_BITS too many, to `lost`.
-__device__ __forceinline__ unsigned v_codes_word(const float (&y)[V_KEYS], unsigned& lost) {
+// 1 / 65536 and with ROUNDING_BITS too many, to `lost`, and its magnitude to `magnitude`: exactly, as all are multiples
+// of 2**-9, below 2**15.
+__device__ __forceinline__ unsigned v_codes_word(const float (&y)[V_KEYS], unsigned& lost, float& magnitude) {
 #if V_F16
     return cvt_f16x2(y[0], y[1]);
 #else
@@ -47,15 +52,21 @@ __device__ __forceinline__ unsigned v_codes_word(const float (&y)[V_KEYS], unsig
         lost += __float_as_uint(__fmaf_rn(__fsub_rn(y[i], value[i]), LOST_UNIT, ROUNDING)) +
                 __float_as_uint(__fmaf_rn(__fsub_rn(y[i + 1], value[i + 1]), LOST_UNIT, ROUNDING));
     }
+    if (SAMPLE_KEYS) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) magnitude = __fadd_rn(magnitude, fabsf(value[i]));
+    }
     return word;
 #endif
 }
 
-// Part number `part` of a tile of V, V_CHANNELS channels: a warp takes a chunk of 64 channels at a time.
+// Part number `part` of a tile of V, V_CHANNELS channels: a warp takes a chunk of 64 channels at a time. Returns, to
+// the thread of a channel, whether its codes are too large: by a sample, a NaN or an infinity is, too.
 // codes: [V_CHUNKS][V_ROWS][16 bytes]; lost_out: [HEAD_DIM], in 1 / 65536 of a code (not with FP16 codes).
-__device__ __forceinline__ void quantize_v(VRows& v, VLost& lost_of_warp, const Rows& rows, int seq_kv, int tile,
-                                           int part, const unsigned& statistics, int done, const float* v_mean,
+__device__ __forceinline__ bool quantize_v(VRows& v, VSums& sums, const Rows& rows, int tile, int part,
+                                           const unsigned& statistics, const Keys& keys, const float* v_mean,
                                            const float* v_inverse, unsigned char* codes, unsigned* lost_out) {
+    const int seq_kv = keys.seq_kv;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first_channel = part * V_CHANNELS + warp % V_WIDTH * 64;
     const int warp_key = tile * BLOCK_N + warp / V_WIDTH * V_KEYS;
@@ -74,20 +85,21 @@ __device__ __forceinline__ void quantize_v(VRows& v, VLost& lost_of_warp, const 
         cp_async_commit();
     };
     copy_step(0);
-    const bool special = wait(statistics, done), whole = (tile + 1) * BLOCK_N <= seq_kv;
+    const bool clean = wait(statistics, keys.done()) && !keys.is_sample(), whole = (tile + 1) * BLOCK_N <= seq_kv;
     const int channel = first_channel + 2 * lane;
     const float2 mean = __ldcg(reinterpret_cast<const float2*>(v_mean + channel));
     const float2 inverse = __ldcg(reinterpret_cast<const float2*>(v_inverse + channel));
 #pragma unroll
     for (int step = 1; step < V_STEPS; ++step) copy_step(step);
     unsigned lost[2] = {};
+    float magnitude[2] = {};
 #pragma unroll 1
     for (int step = 0; step < V_STEPS; ++step) {
         if (step == 0) cp_async_wait<V_STEPS - 1>();
         else cp_async_wait<0>();
         __syncwarp();
         if (!has_step(step)) break;
-        if (special) {
+        if (clean) {
 #pragma unroll 1
             for (int i = 0; i < KEY_GROUPS * V_KEYS; ++i)
                 v[step][warp][i][lane] = finite(v[step][warp][i][lane]);
@@ -111,14 +123,14 @@ __device__ __forceinline__ void quantize_v(VRows& v, VLost& lost_of_warp, const 
                 y[1][i] = __fmul_rn(__fsub_rn(x.y, mean.y), inverse.y);
             }
             if (!whole) {
-                const int keys = seq_kv - (warp_key + step * V_STEP * V_KEYS + t * GROUP_KEYS);  // that exist
+                const int count = seq_kv - (warp_key + step * V_STEP * V_KEYS + t * GROUP_KEYS);  // that exist
 #pragma unroll
                 for (int i = 0; i < V_KEYS; ++i) {
-                    if (i >= keys) y[0][i] = y[1][i] = 0.0f;
+                    if (i >= count) y[0][i] = y[1][i] = 0.0f;
                 }
             }
-            word[0][t] = v_codes_word(y[0], lost[0]);
-            word[1][t] = v_codes_word(y[1], lost[1]);
+            word[0][t] = v_codes_word(y[0], lost[0], magnitude[0]);
+            word[1][t] = v_codes_word(y[1], lost[1], magnitude[1]);
         }
         uint4* out = reinterpret_cast<uint4*>(codes) + (warp / V_WIDTH + step * V_STEP) * V_ROWS + first_channel;
         const uint4 low = make_uint4(word[0][0], word[0][1], word[0][2], word[0][3]);
@@ -137,18 +149,25 @@ __device__ __forceinline__ void quantize_v(VRows& v, VLost& lost_of_warp, const 
         reinterpret_cast<uint4*>(codes)[i / ROW_SUM_ROWS * V_ROWS + HEAD_DIM + i % ROW_SUM_ROWS] =
             make_uint4(unit, unit, unit, unit);
 #endif
+    bool exceeds = false;
 #if !V_F16
-    lost_of_warp[warp][2 * lane] = lost[0];
-    lost_of_warp[warp][2 * lane + 1] = lost[1];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) sums.lost[warp][2 * lane + i] = lost[i], sums.magnitude[warp][2 * lane + i] = magnitude[i];
     __syncthreads();
     const int c = threadIdx.x;
     if (c < V_CHANNELS) {
         unsigned sum = 0u - BLOCK_N * ROUNDING_BITS;
+        float size = 0.0f;
 #pragma unroll
-        for (int i = 0; i < V_STEP; ++i) sum += lost_of_warp[i * V_WIDTH + c / 64][c % 64];
+        for (int i = 0; i < V_STEP; ++i) {
+            sum += sums.lost[i * V_WIDTH + c / 64][c % 64];
+            size = __fadd_rn(size, sums.magnitude[i * V_WIDTH + c / 64][c % 64]);
+        }
         lost_out[part * V_CHANNELS + c] = sum;
+        exceeds = SAMPLE_KEYS && !(size <= BLOCK_N * V_MAX);
     }
 #endif
+    return exceeds;
 }
 
 // v_offset[n] of a head for n = 0 ... num_tiles: a thread takes 4 channels and a range of the tiles.
@@ -158,13 +177,13 @@ __device__ __forceinline__ void finish_v_offset(VRangeSums& range_sums, const un
     constexpr int WIDTH = HEAD_DIM / 4, RANGES = THREADS / WIDTH;
     const int thread = threadIdx.x % WIDTH, range = threadIdx.x / WIDTH, range_tiles = ceil_div(num_tiles, RANGES);
     const int begin = range * range_tiles, end = min(begin + range_tiles, num_tiles);
-    const float4 mean = reinterpret_cast<const float4*>(v_mean)[thread];
+    const float4 mean = __ldcg(reinterpret_cast<const float4*>(v_mean) + thread);
     float4* out = reinterpret_cast<float4*>(v_offset) + thread;
     if (range == 0) out[0] = mean;
 #if V_F16
     for (int tile = begin; tile < end; ++tile) out[(tile + 1LL) * WIDTH] = mean;
 #else
-    const float4 scale = reinterpret_cast<const float4*>(v_scale)[thread];
+    const float4 scale = __ldcg(reinterpret_cast<const float4*>(v_scale) + thread);
     const uint4* in = reinterpret_cast<const uint4*>(lost) + thread;
     const auto add = [](uint4& sum, uint4 x) { sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w; };
     uint4 sum = {};

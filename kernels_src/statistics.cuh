@@ -6,19 +6,19 @@
 
 // docs/numerics.md: the largest number of chunks, the lanes of a chunk, and the keys of the smallest chunk
 constexpr int SUM_CHUNKS = 16, SUM_LANES = 16, MIN_CHUNK_KEYS = 256;
-// With SAMPLE_K, from SAMPLED_FROM keys on, SAMPLE consecutive ones of every SAMPLE_OF stand for all keys of K.
+// With SAMPLE_KEYS, from SAMPLED_FROM keys on, SAMPLE consecutive ones of every SAMPLE_OF stand for all keys.
 constexpr int SAMPLED_FROM = 1024, SAMPLE_OF = 512, SAMPLE = 64;
 // A CTA takes a chunk. Its threads share STATISTICS_ROWS rows (keys) at a time, STATISTICS_THREADS a row; thread
 // row r adds the THREAD_LANES lanes r, r + STATISTICS_ROWS, ... of 8 channels.
 constexpr int STATISTICS_THREADS = HEAD_DIM / 8, STATISTICS_ROWS = THREADS / STATISTICS_THREADS;
 constexpr int THREAD_LANES = SUM_LANES / STATISTICS_ROWS;
 
-// The keys that statistics are made of: all of V, some of K. Chunk c is those from `c * distance` on, `length` at most.
+// The keys that statistics are made of, a sample or all. Chunk c is those from `c * distance` on, `length` at most.
 struct Keys {
     int seq_kv, chunks, distance, length;
 
-    __device__ __forceinline__ Keys(int seq_kv, bool is_v) : seq_kv(seq_kv) {
-        if (is_v || !SAMPLE_K || seq_kv < SAMPLED_FROM) {
+    __device__ __forceinline__ Keys(int seq_kv, bool sample) : seq_kv(seq_kv) {
+        if (!sample || !SAMPLE_KEYS || seq_kv < SAMPLED_FROM) {
             length = distance = max(MIN_CHUNK_KEYS, SUM_LANES * ceil_div(seq_kv, SUM_CHUNKS * SUM_LANES));
             chunks = ceil_div(seq_kv, distance);
         } else {
@@ -29,7 +29,8 @@ struct Keys {
     }
     __device__ __forceinline__ int begin(int chunk) const { return chunk * distance; }
     __device__ __forceinline__ int end(int chunk) const { return min(begin(chunk) + length, seq_kv); }
-    __device__ __forceinline__ int count() const { return length == distance ? seq_kv : chunks * length; }
+    __device__ __forceinline__ bool is_sample() const { return length < distance; }
+    __device__ __forceinline__ int count() const { return is_sample() ? chunks * length : seq_kv; }
     // Arrivals: of every chunk, then of what follows from them.
     __device__ __forceinline__ int done() const { return chunks + 1; }
 };
@@ -264,9 +265,8 @@ __device__ __forceinline__ void finish_v(const ChunkStatistics* chunks, const Ke
     for_each_channel([&](int channel) {
         float mean, spread;
         mean_and_spread(chunks, channel, keys, true, mean, spread);
-        const float inverse = __fdiv_rn(V_MAX, spread);
         v_mean[channel] = mean;
-        v_inverse[channel] = is_finite(inverse) ? inverse : 0.0f;
+        v_inverse[channel] = fminf(__fdiv_rn(V_MAX, spread), 3.40282347e38f);  // that where the spread is 0
         v_scale[channel] = __fdiv_rn(spread, V_MAX);
     });
 }

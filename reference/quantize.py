@@ -9,7 +9,7 @@ Section 2 is computed in FP16 for FP16 inputs, in FP32 for BF16 ones: in the arr
 `numpy.float16` or `numpy.float32`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,10 +17,11 @@ from . import formats
 
 INT8_MAX = np.float32(127)
 SUM_CHUNKS, SUM_LANES, MIN_CHUNK_KEYS = 16, 16, 256
-SAMPLED_FROM, SAMPLE_OF, SAMPLE = 1024, 512, 64  # 64 keys of every 512 stand for all keys of K
+SAMPLED_FROM, SAMPLE_OF, SAMPLE = 1024, 512, 64  # 64 keys of every 512 stand for all keys
 KEY_GROUPS = 4  # scales of K a tile: one for each thread of a quad
 ROTATION = 16  # channels of Q and K that are rotated together
 LOST_UNIT = np.float32(65536)
+FP32_MAX = np.finfo(np.float32).max
 
 # FP16 inputs.
 FP16_MAX = np.float32(65504)
@@ -134,16 +135,16 @@ def in_tiles(x, block_n):
 
 
 def chunks_of(x):
-    """The sequence of V, (..., seq_kv, head_dim), in chunks: a list."""
+    """A sequence, (..., seq_kv, head_dim), in chunks: a list."""
     seq_kv = x.shape[-2]
     length = max(MIN_CHUNK_KEYS, SUM_LANES * -(-seq_kv // (SUM_CHUNKS * SUM_LANES)))
     return [x[..., begin:begin + length, :] for begin in range(0, seq_kv, length)]
 
 
-def chunks_of_k(x, plan):
-    """The same of K; of a long one a sample, if the plan says so."""
+def sample_of(x, plan):
+    """The same; of a long sequence a sample, if the plan says so."""
     seq_kv = x.shape[-2]
-    if not plan.sample_k or seq_kv < SAMPLED_FROM:
+    if not plan.sample or seq_kv < SAMPLED_FROM:
         return chunks_of(x)
     chunks = min(SUM_CHUNKS, seq_kv // SAMPLE_OF)
     distance = seq_kv // chunks
@@ -178,9 +179,9 @@ def _add_halves(x):
 def channels_of(k, v, plan, smooth_k=True):
     """`Channels` of K and V (..., seq_kv, head_dim), FP16 or BF16."""
     wide_k, wide_v = (finite(widen(x, plan.head_dim)) for x in (k, v))
-    k_mean, k_spread = _mean_and_spread(statistics(chunks_of_k(wide_k, plan)), smooth_k)
+    k_mean, k_spread = _mean_and_spread(statistics(sample_of(wide_k, plan)), smooth_k)
     balance = _balance_fp16 if k.dtype == np.float16 else _balance_fp32
-    return Channels(*balance(k_mean, k_spread), *_mean_and_spread(statistics(chunks_of(wide_v)), True))
+    return Channels(*balance(k_mean, k_spread), *_mean_and_spread(statistics(sample_of(wide_v, plan)), True))
 
 
 def _balance_fp32(k_mean, k_spread):
@@ -317,26 +318,39 @@ def quantize_k(k, channels, plan, rounded=True):
 
 def quantize_v(v, channels, plan, rounded=True):
     """E4M3 or FP16 codes with one scale a channel, and what the epilogue adds to the output."""
-    seq_kv = v.shape[-2]
+    special = ~np.isfinite(v.astype(np.float32)).all(axis=(-2, -1))
     v = finite(widen(v, plan.head_dim))
-    with np.errstate(over="ignore", divide="ignore"):
-        inverse = np.float32(plan.v_max) / channels.v_spread
-        scale = channels.v_spread / np.float32(plan.v_max)
-    inverse = np.where((channels.v_spread > 0) & np.isfinite(inverse), inverse, np.float32(0))
-    y = in_tiles((v - channels.v_mean[..., None, :]) * inverse[..., None, :], plan.block_n)
-    if not rounded:
-        offset = np.repeat(channels.v_mean[..., None, :], y.shape[-3] + 1, axis=-2)
-        return QuantizedV(y, scale, offset)
-    codes = formats.to_fp16(y) if plan.v_dtype == "f16" else formats.to_e4m3(y)
-    quantized = QuantizedV(codes, scale, None)
-    return QuantizedV(codes, scale, v_offset(y, quantized, channels.v_mean, seq_kv, plan))
+    mean, spread = channels.v_mean, channels.v_spread
+    y, quantized = _with_scale(v, mean, spread, plan, rounded)
+    if rounded and plan.sample and v.shape[-2] >= SAMPLED_FROM:
+        again = (special | exceeds(quantized.values(), plan))[..., None]
+        if again.any():
+            of_all = _mean_and_spread(statistics(chunks_of(v)), True)
+            mean, spread = (np.where(again, *x) for x in zip(of_all, (mean, spread)))
+            y, quantized = _with_scale(v, mean, spread, plan, rounded)
+    return replace(quantized, offset=v_offset(y, quantized, mean, v.shape[-2], plan))
+
+
+def _with_scale(v, mean, spread, plan, rounded):
+    """V in units of its scale, in tiles, before and after rounding to codes."""
+    v_max = np.float32(plan.v_max)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        inverse = np.fmin(v_max / spread, FP32_MAX)  # the maximum where the spread is 0
+        y = in_tiles((v - mean[..., None, :]) * inverse[..., None, :], plan.block_n)
+    codes = y if not rounded else formats.to_fp16(y) if plan.v_dtype == "f16" else formats.to_e4m3(y)
+    return y, QuantizedV(codes, spread / v_max, None)
+
+
+def exceeds(values, plan):
+    """(...): whether the magnitudes of a tile's codes add up to more than `v_max` a key, in any channel."""
+    return (np.abs(values).sum(axis=-2) > plan.block_n * plan.v_max).any(axis=(-2, -1))
 
 
 def v_offset(y, quantized, v_mean, seq_kv, plan):
     """Mean of V, plus the mean of what its codes lost, over the first n tiles, for every n."""
     n_tiles = y.shape[-3]
     offset = np.repeat(v_mean[..., None, :], n_tiles + 1, axis=-2)
-    if plan.v_dtype == "f16":
+    if quantized.codes.dtype != np.uint8:
         return offset
     lost = formats.to_int_rn((y - quantized.values()) * LOST_UNIT)
     lost = np.cumsum(lost.sum(axis=-2, dtype=np.int32), axis=-2, dtype=np.int32)

@@ -71,7 +71,7 @@ def quantize_defines(plan: Plan, *, bfloat16=False, return_lse=False, smooth_k=T
         ("HEAD_DIM", plan.head_dim), ("BLOCK_M", plan.block_m), ("BLOCK_N", plan.block_n),
         ("V_F16", int(plan.v_dtype == "f16")), ("V_MAX", _float_literal(plan.v_max)),
         ("ROW_SUM_ROWS", _row_sum_rows(plan)), ("ROW_SUM_UNIT", _float_literal(plan.row_sum_unit)),
-        ("SAMPLE_K", int(plan.sample_k)), ("IN_BF16", int(bfloat16)), ("WITH_MEAN_DOT", int(return_lse)),
+        ("SAMPLE_KEYS", int(plan.sample)), ("IN_BF16", int(bfloat16)), ("WITH_MEAN_DOT", int(return_lse)),
         ("SMOOTH_K", int(smooth_k)), ("ALIGNED", int(aligned)))
 
 
@@ -246,8 +246,9 @@ def _shared_items(geometry: Geometry, plan: Plan, ctas: int) -> int:
 
 def _statistics_ctas(plan: Plan, seq_kv: int) -> int:
     """Chunks of the statistics of K and V: `Keys` of statistics.cuh."""
-    of_v = -(-seq_kv // max(256, 16 * -(-seq_kv // (16 * SUM_CHUNKS))))
-    return of_v + (min(SUM_CHUNKS, seq_kv // 512) if plan.sample_k and seq_kv >= 1024 else of_v)
+    if plan.sample and seq_kv >= 1024:
+        return 2 * min(SUM_CHUNKS, seq_kv // 512)
+    return 2 * -(-seq_kv // max(256, 16 * -(-seq_kv // (16 * SUM_CHUNKS))))
 
 
 def _align(n: int, to: int = 256) -> int:

@@ -34,7 +34,7 @@ class Plan:
     p_form: str  #: "ex2", "code" or "chord": how P is formed (step 6)
     v_max: float  #: top of V's range
     row_sum_unit: float  #: value of the column whose product with P is the row sum
-    sample_k: bool  #: whether a sample stands for all keys in the statistics of a long K
+    sample: bool  #: whether a sample stands for all keys in the statistics of long K and V
     num_warps: int
     stages: int
 
@@ -121,7 +121,7 @@ def make_plan(arch: str, head_dim: int, kernel: str | None = None) -> Plan:
         shape = dict(block_m=128, block_n=128, promote_every=4, num_warps=12, stages=4)
     interval = shape["block_n"] * shape["promote_every"]
     return Plan(arch, source, d, v_dtype=v_dtype, p_form=p_form, v_max=v_range(interval, v_dtype),
-                row_sum_unit=row_sum_unit(interval, v_dtype), sample_k=source == "wgmma", **shape)
+                row_sum_unit=row_sum_unit(interval, v_dtype), sample=source == "wgmma", **shape)
 
 
 def default_cpu_plan(head_dim: int, kernel: str | None = None) -> Plan:

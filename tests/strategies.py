@@ -104,6 +104,11 @@ def _rising(shape, rng):
     return ramp * (1 + 0.1 * rng.standard_normal(shape))
 
 
+def _late(shape, rng):
+    """Much larger in a few rows: of a long sequence, they are not in the sample."""
+    return rng.standard_normal(shape) * np.where(np.abs(np.arange(shape[-2]) - 200)[:, None] < 4, 200, 1)
+
+
 def _not_finite(shape, rng):
     odd = rng.choice([np.nan, np.inf, -np.inf], shape)
     return np.where(rng.random((*shape[:-1], 1)) < 0.02, odd, rng.standard_normal(shape))
@@ -128,6 +133,7 @@ _SIMPLE = {
     "tiniest": lambda shape, rng: 1e-6 * rng.standard_normal(shape),
     "spiked rows": _spiked,
     "rising": _rising,
+    "late": _late,
     "not finite": _not_finite,
 }
 _OF_DTYPE = {

@@ -365,13 +365,13 @@ def test_statistics_are_those_of_the_sequence(seq, seed):
 
 
 @given(seq=st.integers(1, 70000))
-def test_the_sample_of_k_is_spread_over_the_sequence(seq):
-    chunks = quantize.chunks_of_k(np.arange(seq)[:, None], make_plan("sm_90a", 64))
+def test_the_sample_is_spread_over_the_sequence(seq):
+    chunks = quantize.sample_of(np.arange(seq)[:, None], make_plan("sm_90a", 64))
     keys = np.concatenate(chunks)[:, 0]
     assert len(chunks) <= 16 and len(set(keys)) == len(keys)
     assert np.diff(np.append(keys, seq)).max() <= max(1024, seq // 14)
     assert len(keys) == seq if seq < 1024 else seq // 16 <= len(keys) <= seq // 8
-    every_key = quantize.chunks_of_k(np.arange(seq)[:, None], make_plan("sm_89", 64))
+    every_key = quantize.sample_of(np.arange(seq)[:, None], make_plan("sm_89", 64))
     np.testing.assert_array_equal(np.concatenate(every_key)[:, 0], np.arange(seq))
 
 
@@ -424,6 +424,62 @@ def test_offset_restores_the_mean_of_v(plan):
             codes = v.values().reshape(2, -1, plan.head_dim)[:, :keys] * v.scale[:, None]
             mean = quantize.widen(raw, plan.head_dim)[:, :keys].astype(np.float64).mean(axis=1)
             np.testing.assert_allclose(v.offset[:, n] + codes.mean(axis=1), mean, atol=1e-5)
+
+
+ALL = slice(None)
+LATE = slice(200, 208)  # keys that are not in the sample of 1200
+
+
+@pytest.mark.parametrize("keys, channels, value, again", [
+    (0, 0, 1, False),
+    (LATE, ALL, 3, False),  # somewhat larger: its codes are
+    (203, 5, 30, False),
+    (203, 5, 300, True),  # too large for its tile
+    (203, 5, 6e4, True),  # too large for a code
+    (LATE, ALL, 40, True),
+    (203, 5, np.nan, True),
+    (3, ALL, np.inf, True),  # in the sample
+    (np.arange(1200) != 203, 5, 0.7, True),  # a channel that is constant in the sample
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kernel", ["wgmma", "wgmma_fast"])
+def test_v_that_does_not_fit_a_sample_is_quantised_by_all_keys(kernel, keys, channels, value, again):
+    plan = make_plan("sm_90a", 64, kernel)
+    without_sample = replace(plan, sample=False)
+    v = np.random.default_rng(0).uniform(-1, 1, (1, 1200, 64))
+    v[0, keys, channels] = value
+    v = v.astype(np.float16)
+    by_sample, by_all = (quantize.channels_of(v, v, p) for p in (plan, without_sample))
+    assert not np.array_equal(by_sample.v_spread, by_all.v_spread)
+    quantized = quantize.quantize_v(v, by_sample, plan)
+    expected = quantize.quantize_v(v, by_all if again else by_sample, without_sample)
+    for name in vars(quantized):
+        assert_same_bits(getattr(quantized, name), getattr(expected, name))
+    mean, scale = quantized.offset[:, :1], quantized.scale[:, None]
+    centred = quantize.finite(v.astype(np.float32)) - mean
+    error = np.abs(quantized.values().reshape(1, -1, 64)[:, :1200] * scale - centred)
+    assert (error <= np.maximum(np.abs(centred) / 15, scale * 2.0**-9)).all()
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+@pytest.mark.parametrize("plan", [p for p in PLANS if p.sample], ids=strategies.plan_id)
+def test_codes_that_fit_never_overflow(plan, data):
+    """Magnitudes of V add up to `v_max` a key in every tile, by few large ones or many small ones; P is at its largest."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    tail = data.draw(st.sampled_from([0.1, 0.5, 1, 2, 8]))
+    shape = (plan.promote_every, plan.block_n, 16)
+    v = rng.exponential(size=shape) ** (1 / tail)
+    limit = plan.block_n * plan.v_max
+    v = np.minimum(v * (limit / v.sum(axis=1, keepdims=True)), 448).astype(np.float32)
+    while quantize.exceeds(formats.from_e4m3(codes := formats.to_e4m3(v)), plan):
+        v *= np.float32(0.999)
+    v = formats.from_e4m3(codes)
+    assert np.abs(v).sum(axis=1).max() > 0.9 * limit
+    v = v.reshape(-1, 16) * np.where(np.arange(16) < 8, 1, rng.choice([-1, 1], (len(codes) * plan.block_n, 16)))
+    p = np.full((1, len(v)), P_MAX[plan.v_dtype], np.float32)
+    for key in tensor_core.BEHAVIOURS:
+        if key[2:] == (plan.v_dtype, "f16"):
+            assert np.isfinite(tensor_core.mma(p, v.astype(np.float32), np.float32(0), key)).all(), key
 
 
 @each_kind_of_plan

@@ -50,7 +50,9 @@ __device__ __forceinline__ int chunk_swizzle(int r) { return HEAD_DIM < 128 ? r 
 // inputs, where they still are not, or are tiny, a third one that is scaled.
 constexpr int CLEANED = 1, ATTEMPTS = IN_BF16 ? 2 : 3;
 
-struct Shared {
+// Aligned for more than `cp.async` asks for: its 16 bytes, where they are to lie across 32-byte sectors of shared memory,
+// are read from L2 twice.
+struct __align__(128) Shared {
     union {
         struct {  // of Q and K, for each pass; codes take the place of the rows that they are made of
             union {
@@ -353,8 +355,9 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
 
 // ---- the kernel --------------------------------------------------------------------------------
 
-// All of a head of V by the statistics of all its keys, where a sample's do not fit. One CTA does it, and it is rare.
-__device__ __noinline__ void requantize_v(Shared& shared, Rows rows, int seq_kv, int num_tiles, Progress& done,
+// All of a head of V once more, by the statistics of all its keys, because the codes by those of a sample are too large.
+// It is rare, so one CTA does it, and a call, because inlined it costs the usual path registers.
+static __device__ __noinline__ void requantize_v(Shared& shared, Rows rows, int seq_kv, int num_tiles, Progress& done,
                                           ChunkStatistics* chunks, float* v_mean, float* v_inverse, float* v_scale,
                                           unsigned char* codes, unsigned* lost) {
     const Keys keys(seq_kv, false);
@@ -391,7 +394,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
     float* v_inverse, float* v_scale, signed char* q_codes, float* q_scale, float* q_mean_dot, signed char* k_codes,
     float* k_scale, float* k_scale_max, unsigned char* v_codes, unsigned* lost, float* v_offset, int batch,
     int num_heads_q, int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale, int lead) {
-    __shared__ __align__(128) Shared shared;
+    __shared__ Shared shared;
     const Keys keys(seq_kv, true);
     const unsigned statistics_ctas = 2 * keys.chunks;
     const int num_tiles = ceil_div(seq_kv, BLOCK_N), padded_rows = ceil_div(seq_q, BLOCK_M) * BLOCK_M;

@@ -65,6 +65,14 @@ def test_ranges_cannot_overflow_an_fp16_accumulator(plan):
     assert np.log2(plan.row_sum_unit) % 1 == 0
 
 
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if plan.sample], ids=strategies.plan_id)
+def test_sums_by_a_sample_cannot_overflow_either(plan):
+    """They are rounded, up at worst, by every instruction."""
+    keys = plan.block_n * plan.promote_every
+    instructions = keys // tensor_core.behaviour(*plan.mma_behaviour).terms
+    assert keys * P_MAX[plan.v_dtype] * plan.v_max * (1 + 2.0**-11) ** instructions <= FP16_MAX
+
+
 @pytest.mark.parametrize("plan", PLANS, ids=strategies.plan_id)
 def test_the_worst_case_is_never_rounded(plan):
     """w(k) of docs/numerics.md, "No partial sum overflows": an FP16 number wherever a sum is rounded."""

@@ -223,12 +223,16 @@ __device__ __forceinline__ void issue_pv(unsigned (&t)[V_ROWS / 4], const unsign
 // Whether P V of a tile begins a promotion interval.
 __device__ __forceinline__ bool begins_interval(int tile) { return (tile + 1) % PROMOTE_EVERY == 0; }
 
+constexpr float UNMOVED = -1.0f;
+
 struct Consumer {
     const Problem& problem;
     const unsigned shared;
     unsigned q;         // descriptor of the warpgroup's rows of Q
     RingPosition<STAGES> ring;  // of the next tile whose Q K^T will be issued
     float k_scale;      // of the latest one
+    bool moved;         // whether a bound of the warp has moved in the latest tile
+    float shrink[2];    // if so, the factor of what was summed before, a row; or UNMOVED
     Row row[2];
     unsigned s[BLOCK_N / 2];  // S: integer scores as they arrive (step 6)
     unsigned p[2 * WORDS];    // P: E4M3 codes, the A fragments of P V
@@ -314,8 +318,9 @@ struct Consumer {
     }
 
     // Steps 5 and 6 for `tile`. `sees[r]`: row r sees keys of the thread's group. Where a bound moves, what was summed
-    // before it follows; `interval_ended`: T is whole, and not yet in O.
-    __device__ void softmax(unsigned (&p)[2 * WORDS], int tile, bool interval_ended, const bool (&sees)[2]) {
+    // before it follows later, by `follow_bounds`: P V of the tile before is still under way, and a wait for it, like every
+    // instruction of `wgmma`, must not be where one warp alone comes.
+    __device__ void softmax(unsigned (&p)[2 * WORDS], int tile, const bool (&sees)[2]) {
         RowMap map[2] = {RowMap(row[0], k_scale), RowMap(row[1], k_scale)};
         int largest[2];
         bool moves[2];
@@ -324,13 +329,14 @@ struct Consumer {
             largest[r] = largest_score(s, r);
             moves[r] = sees[r] && map[r].reaches_limit(largest[r]);
         }
-        if (__builtin_expect(__any_sync(FULL_MASK, moves[0] || moves[1]), 0)) {
-            wgmma_wait<0>();
+        moved = __any_sync(FULL_MASK, moves[0] || moves[1]);
+        if (__builtin_expect(moved, 0)) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 float bound = tile_bound(largest[r] - static_cast<int>(SCORE_START), sees[r], row[r].scale, k_scale);
+                shrink[r] = UNMOVED;
                 if (!quad_or(moves[r])) continue;
-                if (tile > 0) rescale(r, shrink_factor(row[r].bound, bound), interval_ended);
+                if (tile > 0) shrink[r] = shrink_factor(row[r].bound, bound);
                 row[r].bound = bound;
                 map[r] = RowMap(row[r], k_scale);
             }
@@ -339,7 +345,16 @@ struct Consumer {
         form_row(p, map[1], s, 1);
     }
 
-    // The same for a tile that the mask may hide in part: hidden scores are below all others, their P is 0.
+    // What was summed before the bounds of the latest tile. `interval_ended`: T is whole, and not yet in O.
+    __device__ void follow_bounds(bool interval_ended) {
+        if (__builtin_expect(moved, 0)) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+                if (shrink[r] != UNMOVED) rescale(r, shrink[r], interval_ended);
+        }
+    }
+
+    // Steps 5 and 6 for a tile that the mask may hide in part: hidden scores are below all others, their P is 0.
     __device__ void softmax(unsigned (&p)[2 * WORDS], const WorkItem& item, int tile) {
         const bool masked = tile >= item.num_plain_tiles;
         int visible[2] = {BLOCK_N, BLOCK_N};
@@ -353,7 +368,7 @@ struct Consumer {
                     if (i >= visible[r]) s[score_index(i / 4, r, i % 4)] = 0;
             }
         }
-        softmax(p, tile, begins_interval(tile), {visible[0] > 0, visible[1] > 0});
+        softmax(p, tile, {visible[0] > 0, visible[1] > 0});
         if (!masked) return;
 #pragma unroll
         for (int r = 0; r < 2; ++r)
@@ -381,14 +396,16 @@ struct Consumer {
         else
             add_values(p, last, true);
         wgmma_wait<1>();
-        softmax(next_p, first + I, I + 1 == UNROLLED && begins_interval(first + I), {true, true});
+        softmax(next_p, first + I, {true, true});
         if constexpr (I + 1 < UNROLLED) {
             int next = start_scores();
             wgmma_wait<1>();
+            follow_bounds(false);
             if (!fresh) release(EMPTY + last);
             return step<I + 1>(next_p, p, begin, first, current, next);
         } else {
             wgmma_wait<0>();
+            follow_bounds(begins_interval(first + I));
             release(EMPTY + last);
             return current;
         }
@@ -415,6 +432,7 @@ struct Consumer {
             wgmma_wait<1>();
             softmax(next_p, part.item, tile);
             wgmma_wait<0>();
+            follow_bounds(begins_interval(tile));
             if (tile > begin) release(EMPTY + last);
             last = current;
 #pragma unroll

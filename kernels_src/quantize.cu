@@ -50,8 +50,7 @@ __device__ __forceinline__ int chunk_swizzle(int r) { return HEAD_DIM < 128 ? r 
 // inputs, where they still are not, or are tiny, a third one that is scaled.
 constexpr int CLEANED = 1, ATTEMPTS = IN_BF16 ? 2 : 3;
 
-// Aligned for more than `cp.async` asks for: its 16 bytes, where they are to lie across 32-byte sectors of shared memory,
-// are read from L2 twice.
+// Aligned for more than `cp.async` asks for: with rows from an odd multiple of 16 bytes on, it reads L2 twice.
 struct __align__(128) Shared {
     union {
         struct {  // of Q and K, for each pass; codes take the place of the rows that they are made of
@@ -358,8 +357,8 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
 // All of a head of V once more, by the statistics of all its keys, because the codes by those of a sample are too large.
 // It is rare, so one CTA does it, and a call, because inlined it costs the usual path registers.
 static __device__ __noinline__ void requantize_v(Shared& shared, Rows rows, int seq_kv, int num_tiles, Progress& done,
-                                          ChunkStatistics* chunks, float* v_mean, float* v_inverse, float* v_scale,
-                                          unsigned char* codes, unsigned* lost) {
+                                                 ChunkStatistics* chunks, float* v_mean, float* v_inverse,
+                                                 float* v_scale, unsigned char* codes, unsigned* lost) {
     const Keys keys(seq_kv, false);
     bool special = false;
 #pragma unroll 1

@@ -224,10 +224,6 @@ __device__ __forceinline__ void issue_pv(unsigned (&t)[V_ROWS / 4], const unsign
 __device__ __forceinline__ bool begins_interval(int tile) { return (tile + 1) % PROMOTE_EVERY == 0; }
 
 constexpr float UNMOVED = -1.0f;
-// Whether what was summed before a bound moved follows at once, after a wait of the warp's own, and not by `follow_bounds`.
-// The PTX ISA leaves such a wait undefined, though it does what it should; but where O is in shared memory too, ptxas
-// would spill a register.
-constexpr bool FOLLOW_AT_ONCE = O_SHARED_CHANNELS > 0;
 
 struct Consumer {
     const Problem& problem;
@@ -323,9 +319,8 @@ struct Consumer {
 
     // Steps 5 and 6 for `tile`. `sees[r]`: row r sees keys of the thread's group. Where a bound moves, what was summed
     // before it follows by `follow_bounds`, after a wait that all warps share: P V of the tile before is still under way, and
-    // no instruction of `wgmma`, a wait neither, should be where one warp may come alone. `interval_ended`: T is whole, and
-    // not yet in O.
-    __device__ void softmax(unsigned (&p)[2 * WORDS], int tile, bool interval_ended, const bool (&sees)[2]) {
+    // no instruction of `wgmma`, a wait neither, may be where one warp comes alone (the PTX ISA leaves it undefined).
+    __device__ void softmax(unsigned (&p)[2 * WORDS], int tile, const bool (&sees)[2]) {
         RowMap map[2] = {RowMap(row[0], k_scale), RowMap(row[1], k_scale)};
         int largest[2];
         bool moves[2];
@@ -336,17 +331,12 @@ struct Consumer {
         }
         moved = __any_sync(FULL_MASK, moves[0] || moves[1]);
         if (__builtin_expect(moved, 0)) {
-            if constexpr (FOLLOW_AT_ONCE) wgmma_wait<0>();
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 float bound = tile_bound(largest[r] - static_cast<int>(SCORE_START), sees[r], row[r].scale, k_scale);
-                if constexpr (!FOLLOW_AT_ONCE) shrink[r] = UNMOVED;
+                shrink[r] = UNMOVED;
                 if (!quad_or(moves[r])) continue;
-                if (tile > 0) {
-                    const float factor = shrink_factor(row[r].bound, bound);
-                    if constexpr (FOLLOW_AT_ONCE) rescale(r, factor, interval_ended);
-                    else shrink[r] = factor;
-                }
+                if (tile > 0) shrink[r] = shrink_factor(row[r].bound, bound);
                 row[r].bound = bound;
                 map[r] = RowMap(row[r], k_scale);
             }
@@ -355,9 +345,8 @@ struct Consumer {
         form_row(p, map[1], s, 1);
     }
 
-    // What was summed before the bounds of the latest tile; `interval_ended` as above.
+    // What was summed before the bounds of the latest tile. `interval_ended`: T is whole, and not yet in O.
     __device__ void follow_bounds(bool interval_ended) {
-        if constexpr (FOLLOW_AT_ONCE) return;
         if (__builtin_expect(moved, 0)) {
 #pragma unroll
             for (int r = 0; r < 2; ++r)
@@ -379,7 +368,7 @@ struct Consumer {
                     if (i >= visible[r]) s[score_index(i / 4, r, i % 4)] = 0;
             }
         }
-        softmax(p, tile, begins_interval(tile), {visible[0] > 0, visible[1] > 0});
+        softmax(p, tile, {visible[0] > 0, visible[1] > 0});
         if (!masked) return;
 #pragma unroll
         for (int r = 0; r < 2; ++r)
@@ -407,7 +396,7 @@ struct Consumer {
         else
             add_values(p, last, true);
         wgmma_wait<1>();
-        softmax(next_p, first + I, I + 1 == UNROLLED && begins_interval(first + I), {true, true});
+        softmax(next_p, first + I, {true, true});
         if constexpr (I + 1 < UNROLLED) {
             int next = start_scores();
             wgmma_wait<1>();
@@ -528,7 +517,8 @@ __device__ __forceinline__ void consume(unsigned shared, const Output& out, cons
         }
         consumer.promote();
 
-        int b = item.head / problem.num_heads_q, h = item.head % problem.num_heads_q;
+        const int item_head = *const_cast<volatile const int*>(&item.head);  // read again: kept, it would be spilled
+        int b = item_head / problem.num_heads_q, h = item_head % problem.num_heads_q;
         unsigned short* head = static_cast<unsigned short*>(out.o) + b * out.stride_b + h * out.stride_h;
         unsigned short* destination[2];
 #pragma unroll
@@ -536,7 +526,7 @@ __device__ __forceinline__ void consume(unsigned shared, const Output& out, cons
             int row_of_block = row_in_block() + 8 * r, row = item.row_block * BLOCK_M + row_of_block;
             destination[r] = row < problem.seq_q ? head + row * out.stride_s : nullptr;
             if (RETURN_LSE && destination[r] && thread_index() % 4 == 0)
-                out.lse[static_cast<long long>(item.head) * problem.seq_q + row] = row_lse(
+                out.lse[static_cast<long long>(item_head) * problem.seq_q + row] = row_lse(
                     consumer.row[r].bound, consumer.row[r].l, sm_scale, scales.q_mean_dot[row_of_block]);
         }
         const auto write = [&](int first, int channels) {

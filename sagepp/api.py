@@ -137,42 +137,36 @@ class _Options(NamedTuple):
 
 def _on_gpu(q, k, v, options):
     """`q, k, v` are `cupy.ndarray`. Returns `(o, lse or None)`."""
-    import cupy
-
+    cupy, launch = _gpu_modules()
     q_data, k_data, v_data = q.data, k.data, v.data
     device = q_data.device_id
     if k_data.device_id != device or v_data.device_id != device:
         _reject_devices(device, k_data.device_id, v_data.device_id)
-    if (q_data.ptr | k_data.ptr | v_data.ptr) & 1:
+    if cupy.cuda.runtime.getDevice() != device:
+        with cupy.cuda.Device(device):
+            return _on_gpu(q, k, v, options)
+    addresses = q_data.ptr | k_data.ptr | v_data.ptr
+    if addresses & 1:
         raise ValueError("q, k or v starts at an odd address; allowed: multiples of the item size")
-    sm_scale, widen = _check_arrays(
-        q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype, v.shape, v.strides, v.dtype,
-        options.tensor_layout, options.sm_scale)
-    if cupy.cuda.runtime.getDevice() == device:
-        return _launch(cupy, q, k, v, sm_scale, widen, options)
-    with cupy.cuda.Device(device):
-        return _launch(cupy, q, k, v, sm_scale, widen, options)
-
-
-def _launch(cupy, q, k, v, sm_scale, widen, options):
-    if widen:
-        q, k, v = q.astype(_FLOAT16), k.astype(_FLOAT16), v.astype(_FLOAT16)
-    o = o_hnd = cupy.empty(q.shape, q.dtype)
-    if options.tensor_layout == "NHD":
-        q, k, v, o_hnd = (x.transpose(0, 2, 1, 3) for x in (q, k, v, o))
-    _, lse = _gpu_attention()(
-        q, k, v,
-        is_causal=options.is_causal, causal_alignment=options.causal_alignment,
-        sm_scale=sm_scale, return_lse=options.return_lse,
-        smooth_k=options.smooth_k, kernel=options.kernel, out=o_hnd)
-    return o.astype(_FLOAT32) if widen else o, lse
+    described = (q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype, v.shape, v.strides, v.dtype)
+    key = (device, addresses & 15 == 0, described, options)
+    call = launch.find_call(key)
+    if call is None:
+        sm_scale, widen = _check_arrays(*described, options.tensor_layout, options.sm_scale)
+        if widen:
+            o, lse = _on_gpu(*(x.astype(_FLOAT16) for x in (q, k, v)), options)
+            return o.astype(_FLOAT32), lse
+        call = launch.new_call(key, q, k, v, **options._replace(sm_scale=sm_scale)._asdict())
+    return call(q, k, v)
 
 
 @functools.lru_cache(maxsize=None)
-def _gpu_attention():
-    from .launch import attention
+def _gpu_modules():
+    import cupy
 
-    return attention
+    from . import launch
+
+    return cupy, launch
 
 
 def _on_cpu(q, k, v, options):

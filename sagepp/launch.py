@@ -347,57 +347,67 @@ def _driver():
 # --- the calls ---------------------------------------------------------------------------------
 
 
-class _Cache(threading.local):
-    """Launches of the thread, by everything that `Geometry` is made of."""
+class Call:
+    """`sagepp.attention` of one geometry: a function of checked `cupy.ndarray`s on the current device, whose shapes,
+    strides and alignment, and the options, are those that it was made for.
 
-    def __init__(self):
-        self.launches = {}
-
-
-_cache = _Cache()
-_CACHE_SIZE = 512  # a growing KV cache is a new geometry on every call
-
-
-def attention(q, k, v, *, is_causal=False, causal_alignment="bottom-right", sm_scale=None,
-              return_lse=False, smooth_k=True, kernel=None, out=None):
-    """`sagepp.attention` of checked arguments: `cupy.ndarray` of (batch, num_heads, seq_len, head_dim).
-
-    All are on the current device; FP16 or BF16, unit stride in the last dimension, others arbitrary,
-    also those of `out`. Returns `(o, lse)`, `lse` being None unless asked for. In a CUDA graph, what a
-    captured call needs lives as long as `out` does.
+    One thread at a time may use it. In a CUDA graph, what a captured call needs lives as long as the result does.
     """
-    import cupy
 
-    if out is None:
-        out = cupy.empty(q.shape, q.dtype)
-    launch = _find_launch(q, k, v, out, is_causal, causal_alignment, sm_scale, return_lse, smooth_k, kernel)
-    lse = cupy.empty(q.shape[:3], np.float32) if return_lse else None
-    workspace = cupy.cuda.alloc(launch.workspace_bytes)
-    stream = cupy.cuda.get_current_stream()
-    if stream.ptr and stream.is_capturing():
-        weakref.finalize(out if out.base is None else out.base, _release, workspace).atexit = False
-    launch.bind(q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse.data.ptr if return_lse else 0,
-                workspace.ptr)
-    launch.quantize(stream.ptr)
-    launch.attend(stream.ptr)
-    return out, lse
+    def __init__(self, q, k, v, *, tensor_layout, is_causal, sm_scale, return_lse, causal_alignment, smooth_k, kernel):
+        import cupy
+
+        o = cupy.empty(q.shape, q.dtype)
+        self._shape, self._dtype = q.shape, q.dtype
+        if tensor_layout == "NHD":
+            q, k, v, o = (x.transpose(0, 2, 1, 3) for x in (q, k, v, o))
+        self._lse_shape = q.shape[:3] if return_lse else None
+        self._launch = _new_launch(q, k, v, o, is_causal, causal_alignment, sm_scale, return_lse, smooth_k, kernel)
+        self._ndarray, self._cuda = cupy.ndarray, cupy.cuda
+
+    def __call__(self, q, k, v):
+        """`(o, lse)`: shape and layout of `q`, contiguous; `lse` is None unless asked for."""
+        launch, cuda = self._launch, self._cuda
+        o = self._ndarray(self._shape, self._dtype)
+        lse = self._lse_shape and self._ndarray(self._lse_shape, np.float32)
+        workspace = cuda.alloc(launch.workspace_bytes)
+        stream = cuda.get_current_stream()
+        address = stream.ptr
+        if address and stream.is_capturing():
+            weakref.finalize(o, _release, workspace).atexit = False
+        launch.bind(q.data.ptr, k.data.ptr, v.data.ptr, o.data.ptr, 0 if lse is None else lse.data.ptr, workspace.ptr)
+        launch.quantize(address)
+        launch.attend(address)
+        return o, lse
 
 
 def _release(workspace) -> None:
     """Does nothing: what matters is that `workspace` is referred to until this is called."""
 
 
-def _find_launch(q, k, v, out, *options) -> Launch:
-    device = q.data.device_id
-    aligned = not (q.data.ptr | k.data.ptr | v.data.ptr) & 15
-    key = (device, aligned, q.dtype, q.shape, q.strides, k.shape, k.strides, v.strides, out.strides, options)
-    launches = _cache.launches
-    launch = launches.get(key)
-    if launch is None:
-        if len(launches) >= _CACHE_SIZE:
-            launches.clear()
-        launch = launches[key] = _new_launch(q, k, v, out, *options)
-    return launch
+class _Calls(threading.local):
+    """Calls of the thread, by everything that they depend on."""
+
+    def __init__(self):
+        self.of_key = {}
+
+
+_calls = _Calls()
+_MAX_CALLS = 512  # a growing KV cache is a new geometry on every call
+
+
+def find_call(key) -> Call | None:
+    """The call of this thread that was made for `key`."""
+    return _calls.of_key.get(key)
+
+
+def new_call(key, q, k, v, **options) -> Call:
+    """A new one; `options` as of :class:`Call`."""
+    calls = _calls.of_key
+    if len(calls) >= _MAX_CALLS:
+        calls.clear()
+    call = calls[key] = Call(q, k, v, **options)
+    return call
 
 
 def _new_launch(q, k, v, out, is_causal, causal_alignment, sm_scale, return_lse, smooth_k, kernel) -> Launch:

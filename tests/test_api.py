@@ -208,26 +208,39 @@ def test_subclasses_of_ndarray_are_numpy_arrays(reference):
 
 @pytest.fixture
 def launch(monkeypatch):
-    """Stands in for `sagepp.launch` and for what of CuPy needs a driver."""
-    cupy = pytest.importorskip("cupy")
-    calls = []
+    """Stands in for the calls of `sagepp.launch` and for what of CuPy needs a driver.
 
-    def attention(q, k, v, *, is_causal, causal_alignment, sm_scale, return_lse, smooth_k, kernel, out):
-        calls.append(types.SimpleNamespace(**locals()))
-        return out, "lse" if return_lse else None
+    `calls`: arguments of those that were made, and devices that became current. `made`: the options of each new call.
+    """
+    cupy = pytest.importorskip("cupy")
+    recorded = types.SimpleNamespace(calls=[], made=[])
+    of_key, current = {}, [0]
+
+    def new_call(key, q, k, v, **options):
+        recorded.made.append(types.SimpleNamespace(**options))
+
+        def call(q, k, v):
+            recorded.calls.append((q, k, v))
+            return "o", "lse" if options["return_lse"] else None
+
+        return of_key.setdefault(key, call)
 
     class Device:
         def __init__(self, device):
-            calls.append(f"device {device}")
+            self.device = device
 
-        __enter__ = __exit__ = lambda *args: None
+        def __enter__(self):
+            recorded.calls.append(f"device {self.device}")
+            self.before, current[0] = current[0], self.device
 
-    monkeypatch.setattr(api, "_gpu_attention", lambda: attention)
-    monkeypatch.setattr(cupy, "empty", on_gpu)
+        def __exit__(self, *args):
+            current[0] = self.before
+
+    monkeypatch.setattr("sagepp.launch.find_call", of_key.get)
+    monkeypatch.setattr("sagepp.launch.new_call", new_call)
     monkeypatch.setattr(cupy.cuda, "Device", Device)
-    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
-    attention.calls = calls
-    return attention
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: current[0])
+    return recorded
 
 
 def on_gpu(shape, dtype, device=0, address=0x7F0000000000):
@@ -243,26 +256,44 @@ def gpu_arrays(devices=(0, 0, 0), dtype=np.float16):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, BF16])
-def test_the_launch_gets_hnd_views_and_an_output_in_the_callers_layout(launch, dtype):
+def test_a_call_gets_the_arrays_and_is_made_of_the_options(launch, dtype):
     q, k, v = gpu_arrays(dtype=dtype)
-    o, lse = sagepp.attention(q, k, v, return_lse=True, kernel="mma", is_causal=True)
-    call = launch.calls[0]
-    assert call.q is q and call.k is k and call.v is v and call.out is o
-    assert o.shape == q.shape and o.dtype == dtype and lse == "lse"
-    assert (call.is_causal, call.causal_alignment, call.sm_scale, call.smooth_k, call.kernel) == (
-        True, "bottom-right", 0.25, True, "mma")
+    assert sagepp.attention(q, k, v, return_lse=True, kernel="mma", is_causal=True) == ("o", "lse")
+    assert launch.calls[0][0] is q and launch.calls[0][1] is k and launch.calls[0][2] is v
+    assert vars(launch.made[0]) == dict(
+        tensor_layout="HND", is_causal=True, sm_scale=0.25, return_lse=True, causal_alignment="bottom-right",
+        smooth_k=True, kernel="mma")
 
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))  # NHD, not contiguous
-    o = sagepp.attention(q, k, v, "NHD")
-    call = launch.calls[1]
-    assert call.q.strides == q.transpose(0, 2, 1, 3).strides and not call.return_lse
-    assert o.shape == q.shape and o.flags.c_contiguous
-    assert call.out.shape == (2, 4, 5, 16) and call.out.strides == o.transpose(0, 2, 1, 3).strides
+
+def test_a_call_is_made_once_for_each_geometry_and_choice_of_options(launch):
+    q, k, v = gpu_arrays()
+    nhd = [x.transpose(0, 2, 1, 3) for x in (q, k, v)]
+    odd = on_gpu(q.shape, q.dtype, address=0x7F0000000002)  # not aligned to 16 bytes
+    different = [
+        lambda: sagepp.attention(q, k, v),
+        lambda: sagepp.attention(*nhd, "NHD"),
+        lambda: sagepp.attention(odd, k, v),
+        lambda: sagepp.attention(q[:, :, :2], k, v),
+        lambda: sagepp.attention(q, k[:, :, :2], v[:, :, :2]),
+        lambda: sagepp.attention(*gpu_arrays(dtype=BF16)),
+        lambda: sagepp.attention(*gpu_arrays(devices=(1, 1, 1))),
+        lambda: sagepp.attention(q, k, v, return_lse=True),
+        lambda: sagepp.attention(q, k, v, is_causal=True),
+        lambda: sagepp.attention(q, k, v, is_causal=True, causal_alignment="top-left"),
+        lambda: sagepp.attention(q, k, v, sm_scale=0.5),
+        lambda: sagepp.attention(q, k, v, smooth_k=False),
+        lambda: sagepp.attention(q, k, v, kernel="wgmma_fast"),
+    ]
+    for _ in range(2):
+        for call in different:
+            call()
+    assert len(launch.made) == len(different)
 
 
 def test_gpu_arrays_are_computed_on_their_own_device(launch):
-    sagepp.attention(*gpu_arrays(devices=(1, 1, 1)))
-    assert launch.calls[0] == "device 1" and launch.calls[1].q.data.device_id == 1
+    q, k, v = gpu_arrays(devices=(1, 1, 1))
+    sagepp.attention(q, k, v)
+    assert launch.calls[0] == "device 1" and launch.calls[1][0] is q
 
 
 @pytest.mark.parametrize("devices, name", [((0, 1, 0), "k"), ((0, 0, 1), "v")])
@@ -293,8 +324,8 @@ def test_shapes_of_gpu_arrays_are_checked(launch):
 
 def test_a_repeated_call_costs_microseconds_of_checks(launch, monkeypatch):
     """The fastest of many, so that a busy machine does not fail it."""
-    monkeypatch.setattr(api, "_gpu_attention", lambda: lambda q, k, v, **options: (q, None))
-    monkeypatch.setattr(sys.modules["cupy"], "empty", lambda shape, dtype: None)
+    monkeypatch.setattr("sagepp.launch.new_call", None)
+    monkeypatch.setattr("sagepp.launch.find_call", lambda key: lambda q, k, v: (q, None) if hash(key) else None)
     q, k, v = gpu_arrays()
     best = min(timeit.repeat(lambda: sagepp.attention(q, k, v, is_causal=True), number=100, repeat=30))
     assert best / 100 < 30e-6

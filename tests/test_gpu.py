@@ -6,6 +6,9 @@ shares it out.
 """
 
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -274,3 +277,81 @@ def test_strides_beyond_32_bits(kernel):
         start += 2 * h * s * d
     result = sagepp.attention(*views, is_causal=True, return_lse=True, kernel=kernel)
     assert_same(map(cupy.asnumpy, result), strategies.by_reference(problem, plan), plan)
+
+
+def test_float32_is_rounded_to_float16_and_the_result_widened():
+    import cupy
+
+    arrays = [x.astype(np.float32) + np.float32(1e-5) for x in Problem(1, 2, 1, 70, 130).arrays()]
+    expected = call([x.astype(np.float16) for x in arrays], None)
+    for _ in range(2):
+        o, lse = sagepp.attention(*map(cupy.asarray, arrays), return_lse=True)
+        assert o.dtype == np.float32
+        assert_same_bits(cupy.asnumpy(o), expected[0].astype(np.float32))
+        assert_same_bits(cupy.asnumpy(lse), expected[1])
+
+
+@each_kernel
+def test_both_layouts_have_the_same_bits(kernel):
+    import cupy
+
+    plan_of(kernel, 64)
+    arrays = Problem(2, 4, 2, 70, 130).arrays()
+    expected = call(arrays, kernel, is_causal=True)
+    swapped = [cupy.ascontiguousarray(cupy.asarray(x).transpose(0, 2, 1, 3)) for x in arrays]
+    o, lse = sagepp.attention(*swapped, "NHD", True, return_lse=True, kernel=kernel)
+    assert o.flags.c_contiguous
+    assert_same((cupy.asnumpy(o.transpose(0, 2, 1, 3)), cupy.asnumpy(lse)), expected)
+
+
+def test_every_gpu_of_the_host_returns_the_same_bits():
+    """From a thread whose current device is another one, and in turns: kernels are loaded on each."""
+    import cupy
+
+    devices = range(cupy.cuda.runtime.getDeviceCount())
+    if len(devices) < 2:
+        pytest.skip("there is one GPU")
+    arrays = Problem(1, 4, 2, 333, 777, 128).arrays()
+    expected = call(arrays, None)
+    inputs = []
+    for device in devices:
+        with cupy.cuda.Device(device):
+            inputs.append([cupy.asarray(x) for x in arrays])
+            cupy.cuda.Device().synchronize()
+    for device in 2 * [*reversed(devices)]:
+        o, lse = sagepp.attention(*inputs[device], return_lse=True)
+        assert o.data.device_id == lse.data.device_id == device
+        with cupy.cuda.Device(device):
+            cupy.cuda.Device().synchronize()
+            assert_same((cupy.asnumpy(o), cupy.asnumpy(lse)), expected, note=f"device {device}")
+    assert cupy.cuda.runtime.getDevice() == 0
+
+
+# As on four SMs, so that items are cut. Bounds move, and eight keys of a head of V are so large, or NaN, that it is
+# quantised twice. The head_dim is an argument.
+SANITIZED = """
+import sys, cupy, numpy as np, sagepp
+from sagepp import launch
+launch._num_sms, launch._CUT_TILES = lambda device: 4, 0
+rng = np.random.default_rng(0)
+for is_causal, factor in (False, 1), (False, 300), (True, np.nan):
+    q, k, v = (rng.standard_normal((1, 3, s, int(sys.argv[1]))).astype(np.float16) for s in (300, 1700, 1700))
+    k[:, 1, 200:208] *= 30
+    v[:, 2, 200:208] *= factor
+    sagepp.attention(*map(cupy.asarray, (q, k, v)), is_causal=is_causal, return_lse=True)
+    cupy.cuda.Device().synchronize()
+"""
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("tool", ["memcheck", "synccheck"])
+def test_a_sanitizer_finds_nothing(tool, head_dim):
+    """`synccheck`: among others, no instruction of `wgmma` where one warp of its warpgroup comes alone."""
+    plan_of(None, head_dim)
+    sanitizer = shutil.which("compute-sanitizer")
+    if not sanitizer:
+        pytest.skip("there is no compute-sanitizer")
+    found = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED, str(head_dim)],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert found.returncode == 0 and "ERROR SUMMARY: 0 errors" in found.stdout, found.stdout[-3000:] + found.stderr

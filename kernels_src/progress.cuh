@@ -5,7 +5,7 @@
 
 // Of a KV head: counters of the CTAs that have arrived, all 0 before the launch.
 struct Progress {
-    unsigned statistics[2];  // of K, of V: STATISTICS_DONE in the end, and SPECIAL for each special chunk
+    unsigned statistics[2];  // of K, of V: `Keys::done` in the end, and SPECIAL for each special chunk
     unsigned v_tiles;
     unsigned v_exceeds;  // not 0 where V does not fit the scale of a sample
 };

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import sagepp
-from sagepp import api
 
 BF16 = ml_dtypes.bfloat16
 
@@ -320,6 +319,43 @@ def test_shapes_of_gpu_arrays_are_checked(launch):
     with pytest.raises(ValueError, match="v has seq_len 6"):
         sagepp.attention(q, k, v[:, :, :6])
     assert not launch.calls
+
+
+@pytest.mark.parametrize("tensor_layout", ["HND", "NHD"])
+@pytest.mark.parametrize("dtype", [np.float16, BF16])
+def test_a_call_returns_a_contiguous_output_in_the_callers_layout(monkeypatch, tensor_layout, dtype):
+    """What it hands to the driver, which is not there: the addresses of the arrays, and strides as (b, h, s)."""
+    cupy = pytest.importorskip("cupy")
+    from sagepp import jit, launch
+
+    next_address = iter(range(0x100000000, 0x200000000, 0x1000000))
+    stream = types.SimpleNamespace(ptr=0)
+    kernel = types.SimpleNamespace(kernel=types.SimpleNamespace(ptr=1))
+    steps = []
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: stream)
+    monkeypatch.setattr(cupy.cuda, "alloc", lambda size: on_gpu(size, np.uint8, address=next(next_address)).data)
+    monkeypatch.setattr(cupy.cuda.runtime, "setDevice", lambda device: None)
+    monkeypatch.setattr(launch, "_num_sms", lambda device: 132)
+    monkeypatch.setattr(launch, "_driver", lambda: (lambda *step: steps.append(step), lambda *memset: None))
+    monkeypatch.setattr(jit, "arch_of", lambda device: "sm_90a")
+    monkeypatch.setattr(jit, "get_kernel", lambda *args, **options: kernel)
+
+    q, k, v = gpu_arrays(dtype=dtype)  # (2, 4, 5, 16) and (2, 2, 7, 16)
+    if tensor_layout == "NHD":  # not contiguous
+        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    with cupy.cuda.using_allocator(cupy.cuda.alloc):
+        call = launch.Call(q, k, v, tensor_layout=tensor_layout, is_causal=True, sm_scale=0.25, return_lse=True,
+                           causal_alignment="bottom-right", smooth_k=True, kernel=None)
+        o, lse = call(q, k, v)
+    assert o.shape == q.shape and o.dtype == dtype and o.flags.c_contiguous
+    assert lse.shape == (2, 4, 5) and lse.dtype == np.float32
+    assert len(steps) == 2  # kernels
+    geometry, slots = call._launch.geometry, call._launch._slots
+    assert list(slots[:5]) == [x.data.ptr for x in (q, k, v, o, lse)]
+    assert (geometry.batch, geometry.num_heads_q, geometry.num_heads_kv) == (2, 4, 2)
+    assert (geometry.seq_q, geometry.seq_kv, geometry.head_dim) == (5, 7, 16)
+    contiguous = [(320, 80, 16), (224, 112, 16), (224, 112, 16)]
+    assert geometry.strides == (*contiguous, contiguous[0] if tensor_layout == "HND" else (320, 16, 64))
 
 
 def test_a_repeated_call_costs_microseconds_of_checks(launch, monkeypatch):

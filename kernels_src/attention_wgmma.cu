@@ -300,10 +300,13 @@ struct Consumer {
         if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier(shared, which));
     }
 
-    // Q K^T of the tile at `ring`, when it has arrived. Returns its stage.
+    // Waits for the tile at `ring`. In fours before the softmax of the tile before: a wait ends a basic block, and one
+    // directly before Q K^T kept the warp from Q K^T when its registers were free (docs/performance.md).
+    __device__ void await_tile() { mbarrier_wait(barrier(shared, FULL + ring.stage), ring.parity); }
+
+    // Q K^T of the tile at `ring`, which has arrived. Returns its stage.
     __device__ int start_scores() {
         int stage = ring.stage;
-        mbarrier_wait(barrier(shared, FULL + stage), ring.parity);
         asm volatile("ld.shared.f32 %0, [%1];" : "=f"(k_scale)
                      : "r"(shared + SCALE_OFFSET + 16 * stage + threadIdx.x % 4 * 4) : "memory");
         issue_qk(s, q, descriptor_low(shared + stage * STAGE_BYTES + K_OFFSET, 16),
@@ -396,6 +399,7 @@ struct Consumer {
         else
             add_values(p, last, true);
         wgmma_wait<1>();
+        if (I + 1 < UNROLLED) await_tile();
         softmax(next_p, first + I, {true, true});
         if constexpr (I + 1 < UNROLLED) {
             int next = start_scores();
@@ -422,11 +426,13 @@ struct Consumer {
         int tile = begin, last = ring.stage;
         for (; tile <= unrolled_end; tile += UNROLLED) {
             unsigned next_p[2 * WORDS];
+            await_tile();
             int current = start_scores();
             last = step<0>(p, next_p, begin, tile, last, current);
         }
         for (; tile < end; ++tile) {
             unsigned next_p[2 * WORDS];
+            await_tile();
             int current = start_scores();
             continue_values(p, last, tile, tile == begin);
             wgmma_wait<1>();

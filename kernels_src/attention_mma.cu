@@ -8,6 +8,7 @@
 //
 // Grid (row blocks, query heads, batch), block NUM_WARPS * 32, DYNAMIC_SHARED_BYTES of dynamic shared memory.
 
+#include "progress.cuh"
 #include "ptx.cuh"
 #include "softmax.cuh"
 
@@ -458,12 +459,15 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
           const signed char* k_codes, const float* k_scale, const float* k_scale_max,
           const unsigned char* v_codes, const float* v_scale, const float* v_offset, void* o, float* lse,
           long long o_stride_b, long long o_stride_h, long long o_stride_s, int batch, int num_heads_q,
-          int num_heads_kv, int seq_q, int seq_kv, int head_dim, int causal_offset, float sm_scale) {
+          int num_heads_kv, int seq_q, int seq_kv, int head_dim, int causal_offset, float sm_scale,
+          Progress* progress) {
     extern __shared__ __align__(1024) unsigned char dynamic_shared[];
     SharedMemory& memory = *reinterpret_cast<SharedMemory*>(dynamic_shared);
     const unsigned shared = shared_address(dynamic_shared);
     const Problem problem{num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset};
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0)
+        clear(progress, batch * num_heads_kv, threadIdx.x, THREADS);
     State state{memory.rows + warp * M_TILES * 16 + lane / 4};
     add_tiles(state, memory, shared, problem, q_codes, q_scale, k_codes, k_scale, k_scale_max, v_codes, head_dim);
     __syncthreads();  // the operands make way for the output

@@ -7,9 +7,12 @@
 // Where the work items do not divide into as many equal shares as there are CTAs, some of them are cut in two: a CTA
 // does the first tiles of an item, and the next CTA ends with the others (`Schedule`).
 //
+// CTAs start while the last ones of `quantize` are running: the first item is found before its results are waited for.
+//
 // Grid at most one CTA an SM, block 128 (NUM_WARPGROUPS + 1), DYNAMIC_SHARED_BYTES of dynamic shared memory.
 
 #include "output.cuh"
+#include "progress.cuh"
 #include "schedule.cuh"
 #include "wgmma.cuh"
 
@@ -54,6 +57,9 @@ struct __align__(16) ItemScales {
 // Byte offsets into dynamic shared memory (1024-byte aligned: the swizzle is a function of the address).
 // Q and its scales are there twice, where there is room: the next work item's arrive during this one.
 constexpr int Q_BUFFERS = PANELS == 1 ? 2 : 1;
+// Where they are, a CTA's first item has no tiles and no rows: a rehearsal, by which the code that ends an item comes
+// into the instruction caches before the first data arrive.
+constexpr bool REHEARSED = Q_BUFFERS > 1;
 constexpr int K_OFFSET = Q_BUFFERS * Q_BYTES;  // of stage 0
 constexpr int V_OFFSET = K_OFFSET + K_BYTES;
 constexpr int STAGE_BYTES = align_up(K_BYTES + V_BYTES, 1024);
@@ -95,7 +101,13 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
         if (n >= Q_BUFFERS) mbarrier_wait(barrier(shared, Q_EMPTY + buffer), (n / Q_BUFFERS - 1) & 1);
         ItemScales& destination = item_scales()[buffer];
         Part& part = destination.part;
-        if (!Schedule{problem}.part(n, part, ticket)) {
+        if (REHEARSED && n == 0) {
+            part.item.head = 0, part.item.row_block = problem.num_row_blocks();  // beyond the last
+            part.begin = part.end = part.item.num_tiles = 0;
+            mbarrier_arrive(q_full);
+            continue;
+        }
+        if (!Schedule{problem}.part(n - REHEARSED, part, ticket)) {
             part.item.head = -1;
             mbarrier_arrive(q_full);
             return;
@@ -105,6 +117,7 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
             while (load_acquire(&before) < CONSUMER_THREADS / 32) {}
             before = 0;  // for the next launch
         }
+        wait_for_previous_kernel();
         const int key_tiles = problem.num_key_tiles();
         const long long kv_head = part.item.kv_head, q_head = part.item.head;
         destination.k_scale_max = k_scale_max[kv_head];
@@ -557,7 +570,7 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
           const float* k_scale, const float* k_scale_max, const unsigned char* v_codes, const float* v_scale,
           const float* v_offset, void* o, float* lse, long long o_stride_b, long long o_stride_h,
           long long o_stride_s, int batch, int num_heads_q, int num_heads_kv, int seq_q, int seq_kv,
-          int head_dim, int causal_offset, float sm_scale, unsigned* ticket, Handover* handovers,
+          int head_dim, int causal_offset, float sm_scale, Progress* progress, unsigned* ticket, Handover* handovers,
           unsigned* arrivals, int shared_items) {
     unsigned shared = shared_address(dynamic_shared);
     Problem problem{num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset, batch * num_heads_q, shared_items};
@@ -578,6 +591,10 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
     __syncthreads();
     if (threadIdx.x < 128) {
         registers_lower<PRODUCER_REGISTERS>();
+        if (blockIdx.x == 0 && threadIdx.x >= 32) {
+            wait_for_previous_kernel();
+            clear(progress, batch * num_heads_kv, threadIdx.x - 32, 96);
+        }
         if (threadIdx.x < 32 && elect_one())
             produce(shared, q_codes, q_scale, q_mean_dot, k_codes, k_scale, k_scale_max, v_codes, v_scale, v_offset,
                     problem, ticket, arrivals);

@@ -3,12 +3,17 @@
 
 #include "ptx.cuh"
 
-// Of a KV head: counters of the CTAs that have arrived, all 0 before the launch.
+// Of a KV head: counters of the CTAs that have arrived, all 0 before the launch. The attention kernel clears them.
 struct Progress {
     unsigned statistics[2];  // of K, of V: `Keys::done` in the end, and SPECIAL for each special chunk
     unsigned v_tiles;
     unsigned v_exceeds;  // not 0 where V does not fit the scale of a sample
 };
+
+// Clears those of `count` heads: thread number `thread`, of `threads`, its part of them.
+__device__ __forceinline__ void clear(Progress* progress, int count, int thread, int threads) {
+    for (int i = thread; i < count; i += threads) progress[i] = Progress{};
+}
 
 constexpr unsigned SPECIAL = 0x10000;  // counts chunks with a NaN or an infinity, above the arrivals
 

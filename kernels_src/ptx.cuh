@@ -73,6 +73,23 @@ __device__ __forceinline__ void add_release(unsigned* p, unsigned x) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
 
+// ---- launches ----------------------------------------------------------------------------------
+
+// What is launched behind this kernel may start, where it was asked to (`early` in sagepp/driver.py), when all CTAs
+// have called this or ended.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernel before this one has ended, where it may not have; what it has written is visible then.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- products ----------------------------------------------------------------------------------
 // Lane 4g + t. A: a[0] row g, a[1] row g + 8, both of the first half of k; a[2], a[3] of the second half
 // (word t of each half). B: b0, b1 column g, first and second half of k. D: row g, columns 2t and

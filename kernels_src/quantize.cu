@@ -383,7 +383,7 @@ static __device__ __noinline__ void requantize_v(Shared& shared, Rows rows, int 
 // for all heads, the codes of Q, q_ctas a query head.
 //
 // Strides are in elements. The arrays between `progress` and `v_offset` are those of `_workspace` in
-// sagepp/launch.py, which says their shapes; `progress` is 0 at the start, the others are not initialised.
+// sagepp/launch.py, which says their shapes; `progress` is 0 at the start, and cleared by the attention kernel; the others are not initialised.
 // `group`: query heads a KV head. CTAs an SM: `_ctas_an_sm` of sagepp/launch.py.
 extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) quantize(
     const Half* q, const Half* k, const Half* v, long long q_stride_b, long long q_stride_h,
@@ -394,6 +394,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
     float* k_scale, float* k_scale_max, unsigned char* v_codes, unsigned* lost, float* v_offset, int batch,
     int num_heads_q, int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale, int lead) {
     __shared__ Shared shared;
+    let_next_kernel_start();
     const Keys keys(seq_kv, true);
     const unsigned statistics_ctas = 2 * keys.chunks;
     const int num_tiles = ceil_div(seq_kv, BLOCK_N), padded_rows = ceil_div(seq_q, BLOCK_M) * BLOCK_M;

@@ -1,11 +1,14 @@
 """The GPU side of `attention`: two launches on the current stream, in one workspace.
 
-``quantize`` (`kernels_src/quantize.cu`), whose counters are cleared before, and ``attention``
-(`kernels_src/attention_*.cu`). Nothing is checked here (`api.py` has done it) and nothing synchronises.
+``quantize`` (`kernels_src/quantize.cu`) and ``attention`` (`kernels_src/attention_*.cu`), which on Hopper starts
+while the last CTAs of the other are running. Nothing is checked here (`api.py` has done it) and nothing synchronises.
+
+What the kernels count is 0 before a call, and again after it: ``attention`` clears the counters of ``quantize``, and
+its own. So a stream keeps them from call to call.
 
 The host must not be slower than the GPU, so what depends on the shapes is worked out once: a `Launch`
 holds kernels, grids and one array of all kernel arguments, which every launch points into. A call then
-writes a handful of addresses and calls the driver three times, without CuPy's argument conversion.
+writes a handful of addresses and calls the driver twice, without CuPy's argument conversion.
 """
 
 from __future__ import annotations
@@ -17,12 +20,12 @@ import struct
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import Iterator, NamedTuple
+from typing import Iterator
 
 import ml_dtypes
 import numpy as np
 
-from . import jit
+from . import driver, jit
 from .plan import Plan, head_dims, kernels, make_plan
 
 # As in `kernels_src/quantize.cu` and `statistics.cuh`.
@@ -32,7 +35,7 @@ ROTATION = 16  #: channels of Q and K that are rotated together
 MAX_GRID_YZ = 65535  #: of CUDA, CTAs along y and z
 QUANTIZE_WARPS = 4  #: of a CTA of `quantize`
 
-#: Kernel -> its parameters, in order. Names of arrays in the workspace are those of `_workspace`.
+#: Kernel -> its parameters, in order. Arrays have the names of `_counters` and `_workspace`.
 _PARAMETERS = {
     "quantize": """q k v q_stride_b q_stride_h q_stride_s k_stride_b k_stride_h k_stride_s v_stride_b
         v_stride_h v_stride_s progress chunks k_mean k_factor k_addend q_factor v_mean v_inverse v_scale
@@ -40,7 +43,7 @@ _PARAMETERS = {
         group seq_q seq_kv head_dim softmax_scale lead""",
     "attention_mma": """q_codes q_scale q_mean_dot k_codes k_scale k_scale_max v_codes v_scale v_offset
         o lse o_stride_b o_stride_h o_stride_s batch num_heads_q num_heads_kv seq_q seq_kv head_dim
-        causal_offset sm_scale""",
+        causal_offset sm_scale progress""",
 }
 _PARAMETERS["attention_wgmma"] = _PARAMETERS["attention_mma"] + " ticket handovers arrivals shared_items"
 _PARAMETERS = {kernel: tuple(names.split()) for kernel, names in _PARAMETERS.items()}
@@ -165,11 +168,20 @@ class Geometry:
         return scalars
 
 
-def _workspace(geometry: Geometry, plan: Plan, handovers: int) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Name -> shape and dtype of every intermediate array. Channels and rows of queries are the padded ones.
+_Arrays = dict[str, tuple[tuple[int, ...], type]]  # name -> shape and dtype
 
-    `handovers`: CTAs of the attention kernel that may pass sums to the next one.
-    """
+
+def _counters(geometry: Geometry, handovers: int) -> _Arrays:
+    """What the kernels count. `handovers`: CTAs of the attention kernel that may pass sums to the next one."""
+    return {
+        "progress": ((geometry.batch * geometry.num_heads_kv, 4), np.uint32),  # struct Progress
+        "ticket": ((1,), np.uint32),  # the next work item of the attention kernel
+        "arrivals": ((handovers,), np.uint32),
+    }
+
+
+def _workspace(geometry: Geometry, plan: Plan, handovers: int) -> _Arrays:
+    """Every intermediate array. Channels and rows of queries are the padded ones; `handovers` as above."""
     heads_q, heads_kv = geometry.batch * geometry.num_heads_q, geometry.batch * geometry.num_heads_kv
     d, n = plan.head_dim, plan.block_n
     width = min(d, 128)  # channels of a panel of codes
@@ -179,9 +191,6 @@ def _workspace(geometry: Geometry, plan: Plan, handovers: int) -> dict[str, tupl
     factors = ((heads_kv, d), np.float32 if geometry.bfloat16 else np.float16)
     rows = ((heads_q, q_tiles * plan.block_m), np.float32)
     return {
-        "progress": ((heads_kv, 4), np.uint32),  # struct Progress
-        "ticket": ((1,), np.uint32),  # the next work item of the attention kernel
-        "arrivals": ((handovers,), np.uint32),
         "chunks": ((heads_kv, 2, SUM_CHUNKS, 2 * d), np.float32),  # K, V; struct ChunkStatistics
         "k_mean": channels, "k_factor": factors, "k_addend": factors, "q_factor": factors,
         "v_mean": channels, "v_inverse": channels, "v_scale": channels,
@@ -197,9 +206,6 @@ def _workspace(geometry: Geometry, plan: Plan, handovers: int) -> dict[str, tupl
         "handovers": ((handovers, d // 2 + 4 + (d + _row_sum_rows(plan)) // 4, 2 * plan.block_m),
                       np.float32),  # struct Handover
     }
-
-
-_CLEARED = ("progress", "ticket", "arrivals")  #: the first arrays, which are 0 before each call
 
 
 def _q_cta_rows(plan: Plan) -> int:
@@ -252,96 +258,84 @@ def _statistics_ctas(plan: Plan, seq_kv: int) -> int:
 
 
 def _align(n: int, to: int = 256) -> int:
-    """`n` rounded up to a multiple of `to`. The default is the alignment, in bytes, of arrays in the workspace."""
+    """`n` rounded up to a multiple of `to`. The default is the alignment, in bytes, of arrays in a `_Region`."""
     return -(-n // to) * to
 
 
-class _Step(NamedTuple):
-    """What `cuLaunchKernel` wants to know, but for the arguments."""
+class _Region:
+    """Arrays behind each other in memory, and the kernel arguments that are their addresses."""
 
-    function: int
-    grid_x: int
-    grid_y: int
-    grid_z: int
-    threads: int  #: a CTA
-    shared_bytes: int  #: dynamic shared memory a CTA
+    def __init__(self, arrays: _Arrays, arguments: np.ndarray):
+        sizes = [_align(math.prod(shape) * np.dtype(dtype).itemsize) for shape, dtype in arrays.values()]
+        *offsets, self.bytes = itertools.accumulate(sizes, initial=0)
+        self.arrays, self.offsets = arrays, dict(zip(arrays, offsets))
+        self._arguments, self._offsets, self._address = arguments, np.array(offsets, np.int64), None
+
+    def bind(self, address: int) -> None:
+        """Set where the arrays are."""
+        if address != self._address:
+            np.add(self._offsets, address, out=self._arguments)
+            self._address = address
 
 
 class Launch:
-    """The launches of one geometry. One thread at a time may use it: it holds the kernel arguments."""
+    """The launches of one geometry. One thread at a time may use it: it holds the kernel arguments.
+
+    `quantize` and `attend` launch their kernel on a stream.
+    """
 
     def __init__(self, geometry: Geometry, plan: Plan, arch: str, num_sms: int):
         self.geometry, self.plan = geometry, plan
-        (ctas, *_), _ = attention_grid(plan, geometry.batch, geometry.num_heads_q, geometry.seq_q, num_sms)
-        self.shared_items = _shared_items(geometry, plan, ctas)
-        self.arrays = _workspace(geometry, plan, ctas if self.shared_items else 0)
-        self.offsets, self.workspace_bytes = {}, 0
-        for name, (shape, dtype) in self.arrays.items():
-            self.offsets[name] = self.workspace_bytes
-            self.workspace_bytes += _align(math.prod(shape) * np.dtype(dtype).itemsize)
+        grid, threads = attention_grid(plan, geometry.batch, geometry.num_heads_q, geometry.seq_q, num_sms)
+        self.shared_items = _shared_items(geometry, plan, grid[0])
+        handovers = grid[0] if self.shared_items else 0
+        counters, workspace = _counters(geometry, handovers), _workspace(geometry, plan, handovers)
         quantize_ctas, lead = _quantize_grid(geometry, plan, num_sms)
-        self._write_arguments({**geometry.scalars(plan), "lead": lead, "shared_items": self.shared_items})
-        self._steps = [(*step, pointers.ctypes.data) for step, pointers in
-                       zip(self._make_steps(arch, num_sms, quantize_ctas), self._pointers)]
+        scalars = {**geometry.scalars(plan), "lead": lead, "shared_items": self.shared_items}
 
-    def _write_arguments(self, scalars) -> None:
-        """One 8-byte slot an argument (CUDA is little-endian), and for each kernel pointers to its own."""
-        names = [*_ARRAYS, *self.arrays, *scalars]
-        self._slots = slots = np.zeros(len(names), np.int64)
-        for name, value in scalars.items():
-            if isinstance(value, np.float32):
-                value = int(value.view(np.int32))
-            slots[names.index(name)] = value
-        self._buffer = memoryview(slots).cast("B")
-        self._workspace_slots = slots[len(_ARRAYS):len(_ARRAYS) + len(self.arrays)]
-        self._workspace_offsets = np.array(list(self.offsets.values()), np.int64)
-        self._workspace_address = None
-        self._cleared_bytes = sum(_align(4 * math.prod(self.arrays[name][0])) for name in _CLEARED)
-        self._pointers = [
-            slots.ctypes.data + 8 * np.array([names.index(name) for name in parameters], np.uint64)
-            for parameters in (_PARAMETERS["quantize"], _PARAMETERS[f"attention_{self.plan.kernel}"])]
+        names = [*_ARRAYS, *counters, *workspace, *scalars]
+        self._arguments = np.zeros(len(names), np.int64)  # of all kernels, 8 bytes each (CUDA is little-endian)
+        self._buffer = memoryview(self._arguments).cast("B")
+        _, of_counters, of_workspace, of_scalars = np.split(
+            self._arguments, np.cumsum([len(_ARRAYS), len(counters), len(workspace)]))
+        self.counters, self.workspace = _Region(counters, of_counters), _Region(workspace, of_workspace)
+        of_scalars[:] = [int(x.view(np.int32)) if isinstance(x, np.float32) else x for x in scalars.values()]
 
-    def _make_steps(self, arch: str, num_sms: int, quantize_ctas: int) -> list[_Step]:
+        address = {name: self._arguments.ctypes.data + 8 * i for i, name in enumerate(names)}
+        self._pointers = [  # to those of each kernel
+            np.array([address[name] for name in _PARAMETERS[kernel]], np.uint64)
+            for kernel in ("quantize", f"attention_{plan.kernel}")]
+        of_quantize, of_attention = (pointers.ctypes.data for pointers in self._pointers)
+        quantize, attention = self._get_kernels(arch)
+        self.quantize = driver.KernelLaunch(
+            quantize, (quantize_ctas, 1, 1), 32 * QUANTIZE_WARPS, 0, of_quantize, early=False)
+        self.attend = driver.KernelLaunch(
+            attention, grid, threads, attention_shared_bytes(plan), of_attention, early=plan.kernel == "wgmma")
+
+    def _get_kernels(self, arch: str) -> tuple[int, int]:
+        """CUfunctions of the two kernels."""
         g, plan = self.geometry, self.plan
         quantize = jit.get_kernel("quantize.cu", "quantize", arch, quantize_defines(
             plan, bfloat16=g.bfloat16, return_lse=g.return_lse, smooth_k=g.smooth_k, aligned=g.aligned))
-        shared_bytes = attention_shared_bytes(plan)
         attention = jit.get_kernel(
             attention_source(plan), "attention", arch,
             attention_defines(plan, bfloat16=g.bfloat16, is_causal=g.is_causal, return_lse=g.return_lse),
-            requires_nvrtc=(12, 8) if plan.v_dtype == "e4m3" else (12, 0), dynamic_shared=shared_bytes)
-        grid, threads = attention_grid(plan, g.batch, g.num_heads_q, g.seq_q, num_sms)
-        return [_Step(quantize.kernel.ptr, quantize_ctas, 1, 1, 32 * QUANTIZE_WARPS, 0),
-                _Step(attention.kernel.ptr, *grid, threads, shared_bytes)]
+            requires_nvrtc=(12, 8) if plan.v_dtype == "e4m3" else (12, 0), dynamic_shared=attention_shared_bytes(plan))
+        return quantize.kernel.ptr, attention.kernel.ptr
 
-    def bind(self, q: int, k: int, v: int, o: int, lse: int, workspace: int) -> None:
+    def bind(self, q: int, k: int, v: int, o: int, lse: int, workspace: int, counters: int) -> None:
         """Set the addresses of the arrays."""
         _pack_addresses(self._buffer, 0, q, k, v, o, lse)
-        if workspace != self._workspace_address:
-            np.add(self._workspace_offsets, workspace, out=self._workspace_slots)
-            self._workspace_address = workspace
+        self.workspace.bind(workspace)
+        self.counters.bind(counters)
 
-    def quantize(self, stream: int) -> None:
-        """Clear the counters and launch `quantize`."""
-        _, memset = _driver()
-        memset(self._workspace_address, 0, self._cleared_bytes, stream)
-        self._launch(*self._steps[0], stream)
+    def new_counters(self):
+        """Memory for the counters, cleared on the current stream."""
+        from cupy import cuda
 
-    def attend(self, stream: int) -> None:
-        """Launch the attention kernel."""
-        self._launch(*self._steps[1], stream)
-
-    @staticmethod
-    def _launch(function, grid_x, grid_y, grid_z, threads, shared_bytes, arguments, stream) -> None:
-        launch, _ = _driver()  # which copies the arguments
-        launch(function, grid_x, grid_y, grid_z, threads, 1, 1, shared_bytes, stream, arguments, 0)
-
-
-@functools.lru_cache(maxsize=None)
-def _driver():
-    from cupy_backends.cuda.api import driver, runtime
-
-    return driver.launchKernel, runtime.memsetAsync
+        counters = cuda.alloc(self.counters.bytes)
+        counters.memset_async(0, self.counters.bytes)
+        return counters
 
 
 # --- the calls ---------------------------------------------------------------------------------
@@ -364,25 +358,40 @@ class Call:
         self._lse_shape = q.shape[:3] if return_lse else None
         self._launch = _new_launch(q, k, v, o, is_causal, causal_alignment, sm_scale, return_lse, smooth_k, kernel)
         self._ndarray, self._cuda = cupy.ndarray, cupy.cuda
+        self._counters = {}  # of each stream
 
     def __call__(self, q, k, v):
         """`(o, lse)`: shape and layout of `q`, contiguous; `lse` is None unless asked for."""
         launch, cuda = self._launch, self._cuda
         o = self._ndarray(self._shape, self._dtype)
         lse = self._lse_shape and self._ndarray(self._lse_shape, np.float32)
-        workspace = cuda.alloc(launch.workspace_bytes)
+        workspace = cuda.alloc(launch.workspace.bytes)
         stream = cuda.get_current_stream()
         address = stream.ptr
         if address and stream.is_capturing():
-            weakref.finalize(o, _release, workspace).atexit = False
-        launch.bind(q.data.ptr, k.data.ptr, v.data.ptr, o.data.ptr, 0 if lse is None else lse.data.ptr, workspace.ptr)
-        launch.quantize(address)
-        launch.attend(address)
+            counters = launch.new_counters()
+            weakref.finalize(o, _release, workspace, counters).atexit = False
+        else:
+            counters = self._counters.get(address) or self._new_counters(address)
+        launch.bind(q.data.ptr, k.data.ptr, v.data.ptr, o.data.ptr, 0 if lse is None else lse.data.ptr, workspace.ptr,
+                    counters.ptr)
+        try:
+            launch.quantize(address)
+            launch.attend(address)
+        except BaseException:
+            self._counters.pop(address, None)  # between the two they are not 0
+            raise
         return o, lse
 
+    def _new_counters(self, stream: int):
+        if len(self._counters) >= _MAX_STREAMS:
+            self._counters.clear()
+        counters = self._counters[stream] = self._launch.new_counters()
+        return counters
 
-def _release(workspace) -> None:
-    """Does nothing: what matters is that `workspace` is referred to until this is called."""
+
+def _release(*memory) -> None:
+    """Does nothing: what matters is that `memory` is referred to until this is called."""
 
 
 class _Calls(threading.local):
@@ -394,6 +403,7 @@ class _Calls(threading.local):
 
 _calls = _Calls()
 _MAX_CALLS = 512  # a growing KV cache is a new geometry on every call
+_MAX_STREAMS = 16  # of a call
 
 
 def find_call(key) -> Call | None:
@@ -457,12 +467,14 @@ class Prepared:
         self._launch = _new_launch(q, k, v, self.o, is_causal, causal_alignment, sm_scale, return_lse,
                                    smooth_k, kernel)
         self.plan = self._launch.plan
-        self._workspace = cupy.cuda.alloc(self._launch.workspace_bytes)
+        self._workspace = cupy.cuda.alloc(self._launch.workspace.bytes)
+        self._counters = self._launch.new_counters()
         self._launch.bind(q.data.ptr, k.data.ptr, v.data.ptr, self.o.data.ptr,
-                          self.lse.data.ptr if return_lse else 0, self._workspace.ptr)
+                          self.lse.data.ptr if return_lse else 0, self._workspace.ptr, self._counters.ptr)
 
     def quantize(self) -> None:
-        """The `quantize` kernel, and the memset before it."""
+        """The `quantize` kernel, and a memset before it: it may be called twice without `attend`."""
+        self._counters.memset_async(0, self._launch.counters.bytes)
         self._launch.quantize(_current_stream())
 
     def attend(self) -> None:
@@ -473,8 +485,9 @@ class Prepared:
         """An array of the workspace, `cupy.ndarray`, in the layout that the kernels use."""
         import cupy
 
-        shape, dtype = self._launch.arrays[name]
-        return cupy.ndarray(shape, dtype, self._workspace + self._launch.offsets[name])
+        workspace = self._launch.workspace
+        shape, dtype = workspace.arrays[name]
+        return cupy.ndarray(shape, dtype, self._workspace + workspace.offsets[name])
 
 
 def prepare(q, k, v, **options) -> Prepared:
@@ -486,4 +499,4 @@ def quantize(q, k, v, **options) -> dict:
     """Run everything before the attention kernel: name -> `cupy.ndarray` of each intermediate array."""
     prepared = Prepared(q, k, v, **options)
     prepared.quantize()
-    return {name: prepared.intermediate(name) for name in prepared._launch.arrays}
+    return {name: prepared.intermediate(name) for name in prepared._launch.workspace.arrays}

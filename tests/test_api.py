@@ -1,5 +1,6 @@
 """The public call: what it refuses, in which words, and what it hands to the layers below."""
 
+import ctypes
 import sys
 import timeit
 import types
@@ -321,41 +322,128 @@ def test_shapes_of_gpu_arrays_are_checked(launch):
     assert not launch.calls
 
 
-@pytest.mark.parametrize("tensor_layout", ["HND", "NHD"])
-@pytest.mark.parametrize("dtype", [np.float16, BF16])
-def test_a_call_returns_a_contiguous_output_in_the_callers_layout(monkeypatch, tensor_layout, dtype):
-    """What it hands to the driver, which is not there: the addresses of the arrays, and strides as (b, h, s)."""
-    cupy = pytest.importorskip("cupy")
-    from sagepp import jit, launch
+@pytest.fixture
+def gpu(monkeypatch):
+    """Stands in for the driver and what of CuPy needs one.
 
+    `stream`: the current one. `launches`: for each the configuration. `status`: what they return, in turn, then
+    success. `counters`: memory for counters that has been made.
+    """
+    cupy = pytest.importorskip("cupy")
+    from cupy_backends.cuda.api import driver as cupy_driver
+
+    from sagepp import driver, jit, launch
+
+    stream = types.SimpleNamespace(ptr=0, is_capturing=lambda: False)
+    stand_in = types.SimpleNamespace(stream=stream, launches=[], status=[], counters=[])
     next_address = iter(range(0x100000000, 0x200000000, 0x1000000))
-    stream = types.SimpleNamespace(ptr=0)
+
+    def launch_kernel_ex(config, function, arguments, extra):
+        config = driver._Config.from_buffer_copy(driver._Config.from_address(config))
+        stand_in.launches.append(config)
+        return stand_in.status.pop(0) if stand_in.status else 0
+
+    def check_status(status):
+        raise RuntimeError(f"status {status}")
+
+    def new_counters(self):
+        stand_in.counters.append(cupy.cuda.alloc(self.counters.bytes))
+        return stand_in.counters[-1]
+
     kernel = types.SimpleNamespace(kernel=types.SimpleNamespace(ptr=1))
-    steps = []
-    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: stream)
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: stand_in.stream)
     monkeypatch.setattr(cupy.cuda, "alloc", lambda size: on_gpu(size, np.uint8, address=next(next_address)).data)
     monkeypatch.setattr(cupy.cuda.runtime, "setDevice", lambda device: None)
+    monkeypatch.setattr(cupy_driver, "check_status", check_status)
+    monkeypatch.setattr(driver, "_cuda_launch_kernel_ex", lambda: launch_kernel_ex)
     monkeypatch.setattr(launch, "_num_sms", lambda device: 132)
-    monkeypatch.setattr(launch, "_driver", lambda: (lambda *step: steps.append(step), lambda *memset: None))
+    monkeypatch.setattr(launch.Launch, "new_counters", new_counters)
     monkeypatch.setattr(jit, "arch_of", lambda device: "sm_90a")
     monkeypatch.setattr(jit, "get_kernel", lambda *args, **options: kernel)
+    with cupy.cuda.using_allocator(cupy.cuda.alloc):
+        yield stand_in
 
+
+def call_of(q, k, v, tensor_layout="HND", kernel=None):
+    from sagepp import launch
+
+    return launch.Call(q, k, v, tensor_layout=tensor_layout, is_causal=True, sm_scale=0.25, return_lse=True,
+                       causal_alignment="bottom-right", smooth_k=True, kernel=kernel)
+
+
+@pytest.mark.parametrize("tensor_layout", ["HND", "NHD"])
+@pytest.mark.parametrize("dtype", [np.float16, BF16])
+def test_a_call_returns_a_contiguous_output_in_the_callers_layout(gpu, tensor_layout, dtype):
+    """What it hands to the driver: the addresses of the arrays, and strides as (b, h, s)."""
     q, k, v = gpu_arrays(dtype=dtype)  # (2, 4, 5, 16) and (2, 2, 7, 16)
     if tensor_layout == "NHD":  # not contiguous
         q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    with cupy.cuda.using_allocator(cupy.cuda.alloc):
-        call = launch.Call(q, k, v, tensor_layout=tensor_layout, is_causal=True, sm_scale=0.25, return_lse=True,
-                           causal_alignment="bottom-right", smooth_k=True, kernel=None)
-        o, lse = call(q, k, v)
+    call = call_of(q, k, v, tensor_layout)
+    o, lse = call(q, k, v)
     assert o.shape == q.shape and o.dtype == dtype and o.flags.c_contiguous
     assert lse.shape == (2, 4, 5) and lse.dtype == np.float32
-    assert len(steps) == 2  # kernels
-    geometry, slots = call._launch.geometry, call._launch._slots
-    assert list(slots[:5]) == [x.data.ptr for x in (q, k, v, o, lse)]
+    assert len(gpu.launches) == 2
+    geometry, arguments = call._launch.geometry, call._launch._arguments
+    assert list(arguments[:5]) == [x.data.ptr for x in (q, k, v, o, lse)]
     assert (geometry.batch, geometry.num_heads_q, geometry.num_heads_kv) == (2, 4, 2)
     assert (geometry.seq_q, geometry.seq_kv, geometry.head_dim) == (5, 7, 16)
     contiguous = [(320, 80, 16), (224, 112, 16), (224, 112, 16)]
     assert geometry.strides == (*contiguous, contiguous[0] if tensor_layout == "HND" else (320, 16, 64))
+
+
+@pytest.mark.parametrize("kernel, early", [("wgmma", 1), ("mma", 0)])
+def test_what_the_driver_gets(gpu, kernel, early):
+    """CUlaunchConfig and CUlaunchAttribute of cuda.h, 56 and 72 bytes; attribute 6 is programmatic serialization."""
+    from sagepp import driver, launch
+
+    assert ctypes.sizeof(driver._Config) == 56 and driver._Config.stream.offset == 32
+    assert ctypes.sizeof(driver._Attribute) == 72 and driver._Attribute.value.offset == 8
+    gpu.stream.ptr = 0x1234
+    call = call_of(*gpu_arrays(), kernel=kernel)
+    call(*gpu_arrays())
+    quantize, attention = gpu.launches
+    assert quantize.stream == attention.stream == 0x1234
+    assert tuple(quantize.block) == (128, 1, 1) and tuple(attention.block) == (call._launch.plan.num_warps * 32, 1, 1)
+    assert tuple(attention.grid) == ((8, 1, 1) if kernel == "wgmma" else (1, 4, 2))
+    assert (quantize.shared_bytes, attention.shared_bytes) == (0, launch.attention_shared_bytes(call._launch.plan))
+    assert (quantize.num_attributes, attention.num_attributes) == (0, early)
+    assert attention.attributes[0].id == 6 and attention.attributes[0].value == 1
+
+
+def test_a_stream_keeps_its_counters(gpu):
+    arrays = gpu_arrays()
+    call = call_of(*arrays)
+    arguments = call._launch._arguments
+
+    def made_by(ptr, capturing=False):
+        """Counters that a call makes, and the address of those that it uses."""
+        gpu.stream.ptr, gpu.stream.is_capturing = ptr, lambda: capturing
+        before = len(gpu.counters)
+        result = call(*arrays)
+        return len(gpu.counters) - before, int(arguments[5]), result
+
+    new, of_default, _ = made_by(0)
+    assert new == 1 and of_default == gpu.counters[0].ptr
+    assert made_by(0)[:2] == (0, of_default)
+    new, of_stream, _ = made_by(8)
+    assert new == 1 and of_stream != of_default
+    captured = [made_by(8, capturing=True) for _ in range(2)]
+    assert [new for new, _, _ in captured] == [1, 1]
+    assert len({of_default, of_stream, *(address for _, address, _ in captured)}) == 4
+    assert made_by(8)[:2] == (0, of_stream) and made_by(0)[:2] == (0, of_default)
+
+
+@pytest.mark.parametrize("status", [[1], [0, 1]], ids=["quantize", "attention"])
+def test_counters_of_a_failed_launch_are_not_used_again(gpu, status):
+    arrays = gpu_arrays()
+    call = call_of(*arrays)
+    call(*arrays)
+    gpu.status[:] = status
+    with pytest.raises(RuntimeError, match="status 1"):
+        call(*arrays)
+    assert len(gpu.counters) == 1
+    call(*arrays)
+    assert len(gpu.counters) == 2
 
 
 def test_a_repeated_call_costs_microseconds_of_checks(launch, monkeypatch):

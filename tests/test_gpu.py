@@ -184,6 +184,23 @@ def test_every_call_and_every_stream_returns_the_same_bits(kernel, is_causal):
 
 @each_kernel
 @pytest.mark.parametrize("is_causal", [False, True])
+def test_counters_are_clear_after_a_call(kernel, is_causal):
+    """Those of 130 KV heads, so that threads have more than one, and where items are cut."""
+    import cupy
+
+    plan_of(kernel, 64)
+    arrays = map(cupy.asarray, Problem(13, 10, 1, 260, 1300, 64).arrays())
+    prepared = launch.prepare(*arrays, is_causal=is_causal, kernel=kernel)
+    region = prepared._launch.counters
+    counters = cupy.ndarray((region.bytes // 4,), np.uint32, prepared._counters)
+    prepared.quantize()
+    assert counters.any()
+    prepared.attend()
+    assert not counters.any()
+
+
+@each_kernel
+@pytest.mark.parametrize("is_causal", [False, True])
 def test_position_in_the_batch_and_among_the_heads_does_not_matter(kernel, is_causal):
     plan_of(kernel, 64)
     q, k, v = Problem(3, 3, 2, 200, 300).arrays()

@@ -281,10 +281,11 @@ class _Region:
 class Launch:
     """The launches of one geometry. One thread at a time may use it: it holds the kernel arguments.
 
-    `quantize` and `attend` launch their kernel on a stream.
+    `quantize` and `attend` launch their kernel on a stream. With `early`, `attend` follows directly on `quantize`: some
+    of its CTAs start sooner, and count before they wait for it.
     """
 
-    def __init__(self, geometry: Geometry, plan: Plan, arch: str, num_sms: int):
+    def __init__(self, geometry: Geometry, plan: Plan, arch: str, num_sms: int, early: bool):
         self.geometry, self.plan = geometry, plan
         grid, threads = attention_grid(plan, geometry.batch, geometry.num_heads_q, geometry.seq_q, num_sms)
         self.shared_items = _shared_items(geometry, plan, grid[0])
@@ -310,7 +311,8 @@ class Launch:
         self.quantize = driver.KernelLaunch(
             quantize, (quantize_ctas, 1, 1), 32 * QUANTIZE_WARPS, 0, of_quantize, early=False)
         self.attend = driver.KernelLaunch(
-            attention, grid, threads, attention_shared_bytes(plan), of_attention, early=plan.kernel == "wgmma")
+            attention, grid, threads, attention_shared_bytes(plan), of_attention,
+            early=early and plan.kernel == "wgmma")
 
     def _get_kernels(self, arch: str) -> tuple[int, int]:
         """CUfunctions of the two kernels."""
@@ -356,7 +358,8 @@ class Call:
         if tensor_layout == "NHD":
             q, k, v, o = (x.transpose(0, 2, 1, 3) for x in (q, k, v, o))
         self._lse_shape = q.shape[:3] if return_lse else None
-        self._launch = _new_launch(q, k, v, o, is_causal, causal_alignment, sm_scale, return_lse, smooth_k, kernel)
+        self._launch = _new_launch(q, k, v, o, is_causal, causal_alignment, sm_scale, return_lse, smooth_k, kernel,
+                                   early=True)
         self._ndarray, self._cuda = cupy.ndarray, cupy.cuda
         self._counters = {}  # of each stream
 
@@ -420,7 +423,7 @@ def new_call(key, q, k, v, **options) -> Call:
     return call
 
 
-def _new_launch(q, k, v, out, is_causal, causal_alignment, sm_scale, return_lse, smooth_k, kernel) -> Launch:
+def _new_launch(q, k, v, out, is_causal, causal_alignment, sm_scale, return_lse, smooth_k, kernel, *, early) -> Launch:
     import cupy
 
     device = q.data.device_id
@@ -436,7 +439,7 @@ def _new_launch(q, k, v, out, is_causal, causal_alignment, sm_scale, return_lse,
         head_dim=head_dim, strides=strides, bfloat16=q.dtype == _BFLOAT16,
         aligned=aligned and head_dim % 8 == 0, is_causal=is_causal, causal_alignment=causal_alignment,
         sm_scale=head_dim ** -0.5 if sm_scale is None else sm_scale, return_lse=return_lse, smooth_k=smooth_k)
-    return Launch(geometry, make_plan(jit.family_of(arch), head_dim, kernel), arch, _num_sms(device))
+    return Launch(geometry, make_plan(jit.family_of(arch), head_dim, kernel), arch, _num_sms(device), early)
 
 
 def _current_stream() -> int:
@@ -465,7 +468,7 @@ class Prepared:
         self.lse = cupy.empty(q.shape[:3], np.float32) if return_lse else None
         self._inputs = q, k, v
         self._launch = _new_launch(q, k, v, self.o, is_causal, causal_alignment, sm_scale, return_lse,
-                                   smooth_k, kernel)
+                                   smooth_k, kernel, early=False)
         self.plan = self._launch.plan
         self._workspace = cupy.cuda.alloc(self._launch.workspace.bytes)
         self._counters = self._launch.new_counters()

@@ -122,13 +122,15 @@ def test_chosen_problems(kernel, problem):
     Problem(heads_kv=11, seq_q=130, seq_kv=1100, kinds=("not finite", "not finite", "not finite")),
 ], ids=repr)  # fmt: skip
 def test_a_cta_continues_what_another_began(kernel, num_sms, problem, monkeypatch):
-    """`Schedule` of attention_wgmma.cu, on as many SMs as make it cut items in two; a second launch like the first."""
+    """`Schedule` of attention_wgmma.cu, on as many SMs as make it cut items in two; every launch like the first."""
     import cupy
 
     plan = plan_of(kernel, problem.head_dim)
     monkeypatch.setattr(launch, "_num_sms", lambda device: num_sms)
     monkeypatch.setattr(launch, "_CUT_TILES", 0)
-    prepared = launch.prepare(*map(cupy.asarray, problem.arrays()), return_lse=True, kernel=kernel, **problem.options())
+    monkeypatch.setattr(launch, "_calls", launch._Calls())  # none of a GPU with more SMs
+    arrays = list(map(cupy.asarray, problem.arrays()))
+    prepared = launch.prepare(*arrays, return_lse=True, kernel=kernel, **problem.options())
     tiles = -(-problem.seq_kv // plan.block_n)
     share, rest = divmod(prepared._launch.shared_items * tiles, num_sms)
     ends = [(share * cta + min(cta, rest)) % tiles for cta in range(1, num_sms)]  # of shares: tile of an item
@@ -140,6 +142,9 @@ def test_a_cta_continues_what_another_began(kernel, num_sms, problem, monkeypatc
         prepared.lse.fill(np.nan)
         prepared.attend()
         assert_same([cupy.asnumpy(x) for x in (prepared.o, prepared.lse)], expected, plan, problem)
+    for _ in range(3):
+        result = sagepp.attention(*arrays, return_lse=True, kernel=kernel, **problem.options())
+        assert_same(map(cupy.asnumpy, result), expected, plan, problem)
 
 
 @each_kernel

@@ -236,16 +236,14 @@ __device__ __forceinline__ void issue_pv(unsigned (&t)[V_ROWS / 4], const unsign
 // Whether P V of a tile begins a promotion interval.
 __device__ __forceinline__ bool begins_interval(int tile) { return (tile + 1) % PROMOTE_EVERY == 0; }
 
-constexpr float UNMOVED = -1.0f;
-
 struct Consumer {
     const Problem& problem;
     const unsigned shared;
     unsigned q;         // descriptor of the warpgroup's rows of Q
     RingPosition<STAGES> ring;  // of the next tile whose Q K^T will be issued
     float k_scale;      // of the latest one
-    bool moved;         // whether a bound of the warp has moved in the latest tile
-    float shrink[2];    // if so, the factor of what was summed before, a row; or UNMOVED
+    bool moved;         // whether a bound of the warp has moved in the latest tile, after others
+    float alpha[2];     // if so, the factor of what was summed before, a row
     Row row[2];
     unsigned s[BLOCK_N / 2];  // S: integer scores as they arrive (step 6)
     unsigned p[2 * WORDS];    // P: E4M3 codes, the A fragments of P V
@@ -292,22 +290,6 @@ struct Consumer {
         for (int r = 0; r < 2; ++r) row[r].l = __fadd_rn(row[r].l, low_half(t[HEAD_DIM / 4 + r]));
     }
 
-    // Where the bound of row r moves: O = (O + T) alpha, l likewise, T = 0. At the end of an interval T has its turn
-    // before that, and O + 0 remains, the zero of which is +0; T = -0 then changes nothing when it is promoted.
-    __device__ void rescale(int r, float alpha, bool interval_ended) {
-        const auto rescaled = [=](float sum, float part) {
-            sum = __fadd_rn(sum, part);
-            return __fmul_rn(interval_ended ? __fadd_rn(sum, 0.0f) : sum, alpha);
-        };
-        update_o([&](float* o, int i) {
-            o[2 * r] = rescaled(o[2 * r], low_half(t[2 * i + r]));
-            o[2 * r + 1] = rescaled(o[2 * r + 1], high_half(t[2 * i + r]));
-        });
-        row[r].l = rescaled(row[r].l, low_half(t[HEAD_DIM / 4 + r]));
-#pragma unroll
-        for (int i = 0; i < V_ROWS / 8; ++i) t[2 * i + r] = interval_ended ? 0x80008000u : 0u;
-    }
-
     __device__ void release(int which) {
         __syncwarp();
         if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier(shared, which));
@@ -350,23 +332,30 @@ struct Consumer {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 float bound = tile_bound(largest[r] - static_cast<int>(SCORE_START), sees[r], row[r].scale, k_scale);
-                shrink[r] = UNMOVED;
+                alpha[r] = 1.0f;
                 if (!quad_or(moves[r])) continue;
-                if (tile > 0) shrink[r] = shrink_factor(row[r].bound, bound);
+                alpha[r] = shrink_factor(row[r].bound, bound);
                 row[r].bound = bound;
                 map[r] = RowMap(row[r], k_scale);
             }
+            moved = tile > 0;
         }
         form_row(p, map[0], s, 0);
         form_row(p, map[1], s, 1);
     }
 
-    // What was summed before the bounds of the latest tile. `interval_ended`: T is whole, and not yet in O.
-    __device__ void follow_bounds(bool interval_ended) {
+    // What was summed before the bounds of the latest tile.
+    __device__ void follow_bounds() {
         if (__builtin_expect(moved, 0)) {
+            update_o([&](float* o, int) {
 #pragma unroll
-            for (int r = 0; r < 2; ++r)
-                if (shrink[r] != UNMOVED) rescale(r, shrink[r], interval_ended);
+                for (int i = 0; i < 4; ++i) o[i] = __fmul_rn(o[i], alpha[i / 2]);
+            });
+#pragma unroll
+            for (int r = 0; r < 2; ++r) row[r].l = __fmul_rn(row[r].l, alpha[r]);
+            const unsigned alphas[2] = {cvt_f16x2(alpha[0], alpha[0]), cvt_f16x2(alpha[1], alpha[1])};
+#pragma unroll
+            for (int i = 0; i < V_ROWS / 4; ++i) t[i] = mul_f16x2(t[i], alphas[i % 2]);
         }
     }
 
@@ -417,12 +406,12 @@ struct Consumer {
         if constexpr (I + 1 < UNROLLED) {
             int next = start_scores();
             wgmma_wait<1>();
-            follow_bounds(false);
+            follow_bounds();
             if (!fresh) release(EMPTY + last);
             return step<I + 1>(next_p, p, begin, first, current, next);
         } else {
             wgmma_wait<0>();
-            follow_bounds(begins_interval(first + I));
+            follow_bounds();
             release(EMPTY + last);
             return current;
         }
@@ -451,7 +440,7 @@ struct Consumer {
             wgmma_wait<1>();
             softmax(next_p, part.item, tile);
             wgmma_wait<0>();
-            follow_bounds(begins_interval(tile));
+            follow_bounds();
             if (tile > begin) release(EMPTY + last);
             last = current;
 #pragma unroll

@@ -187,6 +187,13 @@ __device__ __forceinline__ unsigned fma_f16x2(unsigned a, unsigned b, unsigned c
     return d;
 }
 
+// a * b of two FP16.
+__device__ __forceinline__ unsigned mul_f16x2(unsigned a, unsigned b) {
+    unsigned d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
 __device__ __forceinline__ unsigned cvt_f16x2(float low, float high) {
     unsigned pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));

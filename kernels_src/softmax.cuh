@@ -137,7 +137,7 @@ __device__ __forceinline__ float tile_bound(int largest, bool any_visible, float
     return LINEAR ? ceilf(bound) : bound;
 }
 
-// alpha: what O and l shrink by when the bound moves.
+// alpha: what O, T and l shrink by when the bound moves.
 __device__ __forceinline__ float shrink_factor(float bound, float new_bound) {
     float change = __fsub_rn(bound, new_bound);
     return bound == minus_infinity() ? 0.0f : ex2(LINEAR ? __fmul_rn(change, 1 / STEPS_PER_OCTAVE) : change);

@@ -85,10 +85,10 @@ class State:
     total: np.ndarray
     partial: np.ndarray
 
-    def promote(self, rows):
-        """O = O + T, T = 0 for some rows."""
-        self.total[rows] += self.partial[rows]
-        self.partial[rows] = 0
+    def promote(self):
+        """O = O + T, T = 0."""
+        self.total += self.partial
+        self.partial[...] = 0
 
     @property
     def o(self):
@@ -128,11 +128,16 @@ def attend(problem, head_dim, dtype):
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         for tile in range(len(problem.k.codes)):
             first = 0 if problem.offset is None else max(0, tile * plan.block_n - problem.offset)
-            if first < rows:
-                attend_tile(state, problem, row_scale, v_and_unit[tile], tile, slice(first, rows))
-            if (tile + 2) % plan.promote_every == 0:  # the first interval is a tile shorter
-                state.promote(...)
-        state.promote(...)
+            if first >= rows:
+                break
+            see = slice(first, rows)
+            if plan.promote_every == 1:
+                state.promote()
+            p = softmax(state, problem, row_scale, tile, see)
+            if (tile + 1) % plan.promote_every == 0:  # the first interval is a tile shorter
+                state.promote()
+            state.partial[:, see] = multiply(p, v_and_unit[tile], state.partial[:, see], plan, problem.exact_parts)
+        state.promote()
         return finish(state, problem, dtype), log_sum_exp(state, problem)
 
 
@@ -145,8 +150,8 @@ def limit_row_scale(q_scale, k_scale_max):
 # ---------------------------------------------------------------------------- 5 and 6. one key tile
 
 
-def attend_tile(state, problem, row_scale, v_and_unit, tile, rows):
-    """Add one key tile to the rows (a slice) that see any of it."""
+def softmax(state, problem, row_scale, tile, rows):
+    """P of one key tile, in position order, of the rows (a slice) that see any of it; their bounds move."""
     plan, exact_parts = problem.plan, problem.exact_parts
     form = FORMS[plan.p_form]
     q_codes, k_codes = problem.q.codes[:, rows], problem.k.codes[tile]
@@ -169,11 +174,9 @@ def attend_tile(state, problem, row_scale, v_and_unit, tile, rows):
         bound[moved] = new
         p[moved] = np.where(row_visible, form.p(scores[moved], a[moved], new, plan, exact_parts), np.float32(0))
         total, partial = state.total[:, rows], state.partial[:, rows]
-        total[moved] = (total[moved] + partial[moved]) * alpha[:, None]
-        partial[moved] = 0
-
-    state.partial[:, rows] = multiply(
-        p[..., quantize.v_order(plan)], v_and_unit, state.partial[:, rows], plan, exact_parts)
+        total[moved] *= alpha[:, None]
+        partial[moved] = shrink(partial[moved], alpha[:, None], exact_parts)
+    return p[..., quantize.v_order(plan)]
 
 
 def visible_keys(problem, tile, rows):
@@ -208,6 +211,13 @@ def row_bound(scores, a, visible, plan):
 
 
 # ---------------------------------------------------------------------------- 7. products
+
+
+def shrink(partial, alpha, exact_parts):
+    """T alpha, both of them FP16."""
+    if "accumulator" in exact_parts:
+        return partial * alpha
+    return formats.to_fp16(partial * formats.to_fp16(alpha).astype(np.float32))
 
 
 def multiply(p, v_and_unit, partial, plan, exact_parts=frozenset()):

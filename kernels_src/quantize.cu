@@ -347,7 +347,8 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
         if (warp % GROUP_WARPS == 0 && threadIdx.x % 32 == 0) {
             const float group_scale = __fmul_rn(int8_scale(amax, inverse), unscale);
             scale[group] = group_scale;
-            atomicMax(reinterpret_cast<int*>(scale_max), __float_as_int(group_scale));  // >= 0: ordered as int
+            // >= 0, so ordered as integers are; a NaN counts as 0, so that the other groups have a limit
+            atomicMax(reinterpret_cast<int*>(scale_max), __float_as_int(fmaxf(group_scale, 0.0f)));
         }
     }
 }

@@ -310,7 +310,7 @@ def quantize_k(k, channels, plan, rounded=True):
 
     codes, scale = _to_int8(x, (-2, -1), rounded)
     codes, scale = codes.reshape(*codes.shape[:-3], plan.block_n, plan.head_dim), scale[..., 0, 0]
-    return QuantizedK(codes, scale, scale.max(axis=(-2, -1)))
+    return QuantizedK(codes, scale, np.fmax.reduce(scale, axis=(-2, -1), initial=0))  # of those that are not NaN
 
 
 # ---------------------------------------------------------------------------- 3. V

@@ -106,6 +106,11 @@ def test_output_and_lse_are_those_of_the_reference(kernel, shard):
     Problem(seq_q=130, seq_kv=257, dtype="bfloat16", kinds=("largest",) * 3),
     Problem(seq_q=130, seq_kv=257, dtype="bfloat16", kinds=("subnormal",) * 3),
     Problem(seq_q=130, seq_kv=257, kinds=("zeros",) * 3),
+    # a group of K whose scale is NaN, and rows that do not see it
+    Problem(group=2, seq_q=22, seq_kv=1024, head_dim=63, dtype="bfloat16", kinds=("normal", "huge rows", "normal"),
+            is_causal=True, causal_alignment="top-left", sm_scale=1e6, seed=2),
+    Problem(heads_kv=2, seq_q=2, seq_kv=1024, head_dim=5, dtype="bfloat16", is_causal=True, causal_alignment="top-left",
+            kinds=("channel offsets", "huge rows", "normal"), sm_scale=1e6),
     Problem(batch=3, heads_kv=2, group=4, seq_q=65, seq_kv=63, head_dim=80, tensor_layout="NHD",
             storage="odd offset", dtype="bfloat16", smooth_k=False, sm_scale=0.3),
 ], ids=repr)  # fmt: skip

@@ -387,6 +387,19 @@ def test_rotation_signs_are_balanced(head_dim):
     assert abs(quantize.rotation_signs(head_dim).sum()) <= 4 * head_dim**0.5
 
 
+def test_a_group_of_k_that_overflows_does_not_count_as_the_largest():
+    plan = make_plan("sm_90a", 128, "wgmma")
+    _, k, v = (x[0] for x in Problem(seq_kv=300, head_dim=128, dtype="bfloat16").arrays())
+    channels = quantize.channels_of(k, v, plan)
+    expected = quantize.quantize_k(k, channels, plan)
+    k[0, 200] = 3e38 * (-1) ** np.arange(128)
+    actual = quantize.quantize_k(k, channels, plan)
+    group = np.unravel_index(200 // (plan.block_n // 4), actual.scale[0].shape)
+    assert np.isnan(actual.scale[0][group]) and np.isnan(actual.scale).sum() == 1
+    expected.scale[0][group] = 0
+    assert actual.scale_max == expected.scale.max()
+
+
 def _quantized(plan, seq_q=200, seq_kv=150):
     problem = Problem(batch=1, heads_kv=2, seq_q=seq_q, seq_kv=seq_kv, head_dim=plan.head_dim - 3)
     q, k, v = (x[0] for x in problem.arrays())

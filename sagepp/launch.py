@@ -13,7 +13,6 @@ writes a handful of addresses and calls the driver twice, without CuPy's argumen
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import struct

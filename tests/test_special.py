@@ -2,14 +2,12 @@
 
 import hashlib
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sagepp import jit
-from sagepp.reference import formats, special
+from sagepp.reference import special
 from sagepp.reference.ex2_table import EX2_COEFFICIENTS
 
 # SHA-256 of the 2**23 mantissas (little-endian INT32) that an H200 returned for 1 + i / 2**23.

@@ -131,7 +131,7 @@ def attend(problem, head_dim, dtype):
             if first >= rows:
                 break
             see = slice(first, rows)
-            if plan.promote_every == 1:
+            if plan.promote_every == 1:  # the tile before was an interval, and ends before the bound moves
                 state.promote()
             p = softmax(state, problem, row_scale, tile, see)
             if (tile + 1) % plan.promote_every == 0:  # the first interval is a tile shorter

@@ -195,7 +195,7 @@ def test_every_call_and_every_stream_returns_the_same_bits(kernel, is_causal):
 @each_kernel
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_counters_are_clear_after_a_call(kernel, is_causal):
-    """Those of 130 KV heads, so that threads have more than one, and where items are cut."""
+    """Those of 130 KV heads: more than the threads that clear them."""
     import cupy
 
     plan_of(kernel, 64)

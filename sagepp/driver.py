@@ -1,11 +1,12 @@
-"""Launching a kernel with what CuPy cannot ask for: `cuLaunchKernelEx` of the CUDA driver.
+"""What CuPy cannot ask the CUDA driver for: launches with attributes, and exceptions from a capture's rules.
 
-Everything but the stream is known beforehand, so a launch is one call of the driver with structures that are
+Of a launch everything but the stream is known beforehand, so it is one call of the driver with structures that are
 there already ("CUDA Driver API", Execution Control).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -26,14 +27,23 @@ class _Config(ctypes.Structure):
 
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+_CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode
 
 
 @functools.lru_cache(maxsize=None)
-def _cuda_launch_kernel_ex():
+def _function(name: str, parameters: int):
+    """A function of the driver, of so many pointers."""
     library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    launch = library.cuLaunchKernelEx
-    launch.argtypes, launch.restype = [ctypes.c_void_p] * 4, ctypes.c_int
-    return launch
+    function = getattr(library, name)
+    function.argtypes, function.restype = [ctypes.c_void_p] * parameters, ctypes.c_int
+    return function
+
+
+def _check(status: int) -> None:
+    if status:
+        from cupy_backends.cuda.api import driver
+
+        driver.check_status(status)
 
 
 class KernelLaunch:
@@ -51,12 +61,21 @@ class KernelLaunch:
         self._config = _Config(grid=tuple(grid), block=(threads, 1, 1), shared_bytes=shared_bytes,
                                attributes=ctypes.pointer(self._attribute), num_attributes=int(early))
         self._config_address = ctypes.addressof(self._config)
-        self._launch = _cuda_launch_kernel_ex()
+        self._launch = _function("cuLaunchKernelEx", 4)
 
     def __call__(self, stream: int) -> None:
         self._config.stream = stream
-        status = self._launch(self._config_address, self._function, self._arguments, None)
-        if status:
-            from cupy_backends.cuda.api import driver
+        _check(self._launch(self._config_address, self._function, self._arguments, None))
 
-            driver.check_status(status)
+
+@contextlib.contextmanager
+def relaxed_capture():
+    """While this thread captures a stream, in whatever mode: lets it get memory, and wait for a stream that is not
+    captured, without spoiling the capture.
+    """
+    exchange, mode = _function("cuThreadExchangeStreamCaptureMode", 1), ctypes.c_int(_CAPTURE_MODE_RELAXED)
+    _check(exchange(ctypes.addressof(mode)))
+    try:
+        yield
+    finally:
+        _check(exchange(ctypes.addressof(mode)))

@@ -13,6 +13,7 @@ writes a handful of addresses and calls the driver twice, without CuPy's argumen
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import struct
@@ -225,14 +226,16 @@ def _ctas_an_sm(plan: Plan) -> int:
 def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, int]:
     """CTAs of `quantize`, and by how many KV heads its statistics are ahead of its codes.
 
-    Far enough for the statistics to be ready when the codes start, and not so far that V has left L2 by then.
+    Far enough for the statistics to be ready when the codes start, and, where they are those of all keys, not so far
+    that V has left L2 by then.
     """
     g = geometry
     heads_kv = g.batch * g.num_heads_kv
     kv_ctas = _statistics_ctas(plan, g.seq_kv) + -(-g.seq_kv // plan.block_n) * _kv_ctas(plan)
     q_ctas = -(-_align(g.seq_q, plan.block_m) // _q_cta_rows(plan))
     ahead = 0.9 * 128 / plan.head_dim  # of the CTAs that the GPU holds
-    lead = max(4, math.ceil(ahead * _ctas_an_sm(plan) * num_sms / kv_ctas))
+    at_least = 16 if _is_sampled(plan, g.seq_kv) else 4
+    lead = max(at_least, math.ceil(ahead * _ctas_an_sm(plan) * num_sms / kv_ctas))
     return heads_kv * kv_ctas + g.batch * g.num_heads_q * q_ctas, min(heads_kv, lead)
 
 
@@ -249,9 +252,14 @@ def _shared_items(geometry: Geometry, plan: Plan, ctas: int) -> int:
     return shared if plan.kernel == "wgmma" and not g.is_causal and pays else 0
 
 
+def _is_sampled(plan: Plan, seq_kv: int) -> bool:
+    """Whether a sample stands for all keys in the statistics: `Keys` of statistics.cuh."""
+    return plan.sample and seq_kv >= 1024
+
+
 def _statistics_ctas(plan: Plan, seq_kv: int) -> int:
     """Chunks of the statistics of K and V: `Keys` of statistics.cuh."""
-    if plan.sample and seq_kv >= 1024:
+    if _is_sampled(plan, seq_kv):
         return 2 * min(SUM_CHUNKS, seq_kv // 512)
     return 2 * -(-seq_kv // max(256, 16 * -(-seq_kv // (16 * SUM_CHUNKS))))
 
@@ -371,7 +379,7 @@ class Call:
         stream = cuda.get_current_stream()
         address = stream.ptr
         if address and stream.is_capturing():
-            counters = launch.new_counters()
+            counters = self._counters_of_capture()
             weakref.finalize(o, _release, workspace, counters).atexit = False
         else:
             counters = self._counters.get(address) or self._new_counters(address)
@@ -390,6 +398,23 @@ class Call:
             self._counters.clear()
         counters = self._counters[stream] = self._launch.new_counters()
         return counters
+
+    def _counters_of_capture(self):
+        """Of a captured call: cleared now, by another stream, and not by a node of the graph."""
+        stream = _stream_of_clearing(self._cuda.runtime.getDevice())
+        with driver.relaxed_capture():
+            with stream:
+                counters = self._launch.new_counters()
+            stream.synchronize()
+        return counters
+
+
+@functools.lru_cache(maxsize=None)
+def _stream_of_clearing(device: int):
+    """A stream of the device, which is the current one, for `Call._counters_of_capture`."""
+    import cupy
+
+    return cupy.cuda.Stream(non_blocking=True)
 
 
 def _release(*memory) -> None:

@@ -327,7 +327,8 @@ def gpu(monkeypatch):
     """Stands in for the driver and what of CuPy needs one.
 
     `stream`: the current one. `launches`: for each the configuration. `status`: what they return, in turn, then
-    success. `counters`: memory for counters that has been made.
+    success. `counters`: memory for counters that has been made. `capture_mode`: of the thread. `clearing`: what happens
+    to the stream that clears counters of captured calls.
     """
     cupy = pytest.importorskip("cupy")
     from cupy_backends.cuda.api import driver as cupy_driver
@@ -335,13 +336,28 @@ def gpu(monkeypatch):
     from sagepp import driver, jit, launch
 
     stream = types.SimpleNamespace(ptr=0, is_capturing=lambda: False)
-    stand_in = types.SimpleNamespace(stream=stream, launches=[], status=[], counters=[])
+    stand_in = types.SimpleNamespace(stream=stream, launches=[], status=[], counters=[], capture_mode=0, clearing=[])
     next_address = iter(range(0x100000000, 0x200000000, 0x1000000))
 
     def launch_kernel_ex(config, function, arguments, extra):
         config = driver._Config.from_buffer_copy(driver._Config.from_address(config))
         stand_in.launches.append(config)
         return stand_in.status.pop(0) if stand_in.status else 0
+
+    def exchange_capture_mode(address):
+        mode = ctypes.c_int.from_address(address)
+        mode.value, stand_in.capture_mode = stand_in.capture_mode, mode.value
+        return 0
+
+    class Clearing:
+        def __enter__(self):
+            stand_in.clearing.append(("begin", stand_in.capture_mode, len(stand_in.counters)))
+
+        def __exit__(self, *exception):
+            stand_in.clearing.append(("end", stand_in.capture_mode, len(stand_in.counters)))
+
+        def synchronize(self):
+            stand_in.clearing.append(("synchronize", stand_in.capture_mode, len(stand_in.counters)))
 
     def check_status(status):
         raise RuntimeError(f"status {status}")
@@ -355,7 +371,11 @@ def gpu(monkeypatch):
     monkeypatch.setattr(cupy.cuda, "alloc", lambda size: on_gpu(size, np.uint8, address=next(next_address)).data)
     monkeypatch.setattr(cupy.cuda.runtime, "setDevice", lambda device: None)
     monkeypatch.setattr(cupy_driver, "check_status", check_status)
-    monkeypatch.setattr(driver, "_cuda_launch_kernel_ex", lambda: launch_kernel_ex)
+    functions = {("cuLaunchKernelEx", 4): launch_kernel_ex,
+                 ("cuThreadExchangeStreamCaptureMode", 1): exchange_capture_mode}
+    monkeypatch.setattr(driver, "_function", lambda *key: functions[key])
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
+    monkeypatch.setattr(launch, "_stream_of_clearing", lambda device: Clearing())
     monkeypatch.setattr(launch, "_num_sms", lambda device: 132)
     monkeypatch.setattr(launch.Launch, "new_counters", new_counters)
     monkeypatch.setattr(jit, "arch_of", lambda device: "sm_90a")
@@ -431,6 +451,19 @@ def test_a_stream_keeps_its_counters(gpu):
     assert [new for new, _, _ in captured] == [1, 1]
     assert len({of_default, of_stream, *(address for _, address, _ in captured)}) == 4
     assert made_by(8)[:2] == (0, of_stream) and made_by(0)[:2] == (0, of_default)
+
+
+def test_counters_of_a_captured_call_are_cleared_by_a_stream_that_is_not_captured(gpu):
+    """While the thread may get memory, and before the launches."""
+    arrays = gpu_arrays()
+    call = call_of(*arrays)
+    gpu.stream.ptr, gpu.stream.is_capturing = 8, lambda: True
+    call(*arrays)
+    assert gpu.clearing == [("begin", 2, 0), ("end", 2, 1), ("synchronize", 2, 1)] and gpu.capture_mode == 0
+    assert len(gpu.launches) == 2 and call._launch._arguments[5] == gpu.counters[0].ptr
+    gpu.stream.is_capturing = lambda: False
+    call(*arrays)
+    assert len(gpu.clearing) == 3
 
 
 @pytest.mark.parametrize("status", [[1], [0, 1]], ids=["quantize", "attention"])

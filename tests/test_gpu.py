@@ -6,6 +6,7 @@ shares it out.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -265,6 +266,36 @@ def test_a_graph_replays_the_same_bits_on_new_values(kernel):
             graph.launch(stream)
         stream.synchronize()
     assert_same((cupy.asnumpy(o), cupy.asnumpy(lse)), expected)
+
+
+@each_kernel
+def test_a_graph_has_two_kernels_a_call_and_clears_nothing(kernel):
+    """Captured in the mode that forbids most. (What the tests poison memory with is captured, too.)"""
+    import cupy
+
+    plan_of(kernel, 64)
+    arrays = Problem(1, 2, 2, 150, 260).arrays()
+    buffers = [cupy.asarray(x) for x in arrays]
+    expected = sagepp.attention(*buffers, kernel=kernel)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        sagepp.attention(*buffers, kernel=kernel)
+        cupy.get_default_memory_pool().free_all_blocks()
+        spare = [cupy.empty(2**22, np.uint8) for _ in range(8)]
+        del spare  # for results and workspaces: they come from the pool of the captured stream
+        stream.begin_capture(cupy.cuda.runtime.streamCaptureModeGlobal)
+        results = [sagepp.attention(*buffers, kernel=kernel) for _ in range(3)]
+        graph = stream.end_capture()
+        for _ in range(3):
+            for result in results:
+                result.fill(np.nan)
+            graph.launch(stream)
+        stream.synchronize()
+    drawn = graph.debug_dot_str()
+    assert set(re.findall(r"MEMSET\W+(\d+),", drawn)) <= {"255"}, drawn
+    assert drawn.count("quantize") == drawn.count("attention") == len(results), drawn
+    for result in results:
+        assert_same_bits(cupy.asnumpy(result), cupy.asnumpy(expected))
 
 
 @each_kernel

@@ -1,63 +1,103 @@
-// Section 2 of docs/numerics.md for the part of a row of Q or K that a thread has in registers: rotation, largest
-// magnitude, INT8 codes. Of FP16 inputs in FP16 (`int8_fp16.cuh`), of BF16 ones in FP32.
+// Section 2 of docs/numerics.md for the part of a row of Q or K that a thread has in registers: factors, rotation, largest
+// magnitude, INT8 codes. In FP16 (`int8_fp16.cuh`), but that BF16 inputs are multiplied by their factors in FP32.
 #pragma once
 
 #include "int8_fp16.cuh"
 #include "rows.cuh"
 
-// What is computed with, and how a factor of a channel is stored.
-#if IN_BF16
-typedef float Number, Factor;
-constexpr int NUMBER_CHANNELS = 1;  // channels in a Number
-#else
-typedef Pair Number;
-typedef unsigned short Factor;
-constexpr int NUMBER_CHANNELS = 2;
-#endif
-constexpr int VECTOR_NUMBERS = 8 / NUMBER_CHANNELS;  // of 8 channels, 16 bytes of input
-constexpr int BLOCK_NUMBERS = ROTATION / NUMBER_CHANNELS;
+// What a thread has of a row: [block][two channels of it].
+template <int BLOCKS> using RowValues = Pair[BLOCKS][ROTATION / 2];
 
-// What a thread has of a row: [block][channels of the block].
-template <int BLOCKS> using RowValues = Number[BLOCKS][BLOCK_NUMBERS];
-
-// 1.5 * 2^23. Adding it to |x| < 2^22 rounds x to an integer, to nearest even; the bits of the sum are
-// ROUNDING_BITS plus that integer.
-constexpr float ROUNDING = 12582912.0f;
-[[maybe_unused]] constexpr unsigned ROUNDING_BITS = 0x4B400000;
-
-// ---- BF16 inputs: the functions of int8_fp16.cuh in FP32 -----------------------------------------
-
-__device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
-__device__ __forceinline__ float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-__device__ __forceinline__ float larger(float a, float b) { return max_or_nan(fabsf(a), fabsf(b)); }
-__device__ __forceinline__ float largest_of_pair(float x) { return x; }
-
-__device__ __forceinline__ void rotate(float (&x)[ROTATION]) { butterflies(x); }
-
-__device__ __forceinline__ uint4 int8_codes(const float (&x)[ROTATION], float inverse) {
-    unsigned code[16], pair[8];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) code[i] = __float_as_uint(__fmaf_rn(x[i], inverse, ROUNDING));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) pair[i] = __byte_perm(code[2 * i], code[2 * i + 1], 0x0040);
-    return make_uint4(__byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[2], pair[3], 0x5410),
-                      __byte_perm(pair[4], pair[5], 0x5410), __byte_perm(pair[6], pair[7], 0x5410));
-}
-
-// ---- a thread's blocks -------------------------------------------------------------------------
-
-// 8 channels of an input, 16-byte aligned.
 __device__ __forceinline__ void load_vector(const uint4* p, Pair* x) {
     const uint4 words = *p;
     x[0] = {words.x}, x[1] = {words.y}, x[2] = {words.z}, x[3] = {words.w};
 }
 
-__device__ __forceinline__ void load_vector(const uint4* p, float* x) {
-    float y[8];
-    widen(*p, y);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = y[i];
+// ---- 8 channels of an input, 16 bytes, times their factors and a power of two ---------------------
+// A row of Q, or a key group of K, stays `unscaled` where its largest magnitude then `is_usual`. Otherwise it is computed
+// again, `scaled` by `power_of` that magnitude; of BF16 inputs of the largest one before they were rounded to FP16, where
+// 0 may be all that is left.
+
+// Whether FP16 holds the numbers well.
+__device__ __forceinline__ bool fits_fp16(float amax) { return amax >= 0x1p-9f && amax <= 65504.0f; }
+
+#if IN_BF16
+typedef float Factor, VectorFactors[8];
+
+struct OfQ {
+    VectorFactors factor;
+    __device__ __forceinline__ float product(float x, int i) const { return __fmul_rn(x, factor[i]); }
+};
+
+struct OfK {
+    VectorFactors factor, addend;
+    __device__ __forceinline__ float product(float x, int i) const { return __fmaf_rn(x, factor[i], addend[i]); }
+};
+
+__device__ __forceinline__ bool is_usual(float amax) { return fits_fp16(amax); }
+
+// Half the reciprocal of the power of two that `largest` is at least, as far as that is a normal number: what is scaled
+// is below 1 then, or below 4 where `largest` is 2^126 or more.
+__device__ __forceinline__ float power_of(float largest) {
+    return __int_as_float((253 - min(__float_as_int(largest) >> 23, 252)) << 23);
 }
+
+template <class Of> __device__ __forceinline__ void scaled(uint4 words, const Of& of, float power, Pair* x) {
+    float y[8];
+    widen(words, y);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) y[i] = __fmul_rn(of.product(y[i], i), power);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = {cvt_f16x2(y[2 * i], y[2 * i + 1])};
+}
+
+template <class Of> __device__ __forceinline__ void unscaled(uint4 words, const Of& of, Pair* x) {
+    scaled(words, of, 1.0f, x);
+}
+
+// The largest magnitude before rounding to FP16, NaN if a value is NaN.
+template <class Of> __device__ __forceinline__ float largest_product(uint4 words, const Of& of) {
+    float y[8], largest = 0.0f;
+    widen(words, y);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = max_or_nan(largest, fabsf(of.product(y[i], i)));
+    return largest;
+}
+#else
+typedef unsigned short Factor;
+typedef Pair VectorFactors[4];
+
+struct OfQ {
+    VectorFactors factor;
+    __device__ __forceinline__ Pair product(Pair x, int i) const { return mul_rn(x, factor[i]); }
+    __device__ __forceinline__ Pair product(Pair x, int i, Pair power) const { return product(mul_rn(x, power), i); }
+};
+
+struct OfK {
+    VectorFactors factor, addend;
+    __device__ __forceinline__ Pair product(Pair x, int i) const { return fma_rn(x, factor[i], addend[i]); }
+    __device__ __forceinline__ Pair product(Pair x, int i, Pair power) const {
+        const float p = low_half(power.bits), down = fminf(p, 1.0f), up = fmaxf(p, 1.0f);
+        const Pair downs = {cvt_f16x2(down, down)}, ups = {cvt_f16x2(up, up)};
+        return mul_rn(fma_rn(mul_rn(x, downs), factor[i], mul_rn(addend[i], downs)), ups);
+    }
+};
+
+__device__ __forceinline__ bool is_usual(float amax) { return amax == 0.0f || fits_fp16(amax); }
+__device__ __forceinline__ float power_of(float amax) { return amax < 1.0f ? 0x1p12f : 0x1p-13f; }
+
+template <class Of> __device__ __forceinline__ void scaled(uint4 words, const Of& of, float power, Pair* x) {
+    load_vector(&words, x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = of.product(x[i], i, {cvt_f16x2(power, power)});
+}
+
+template <class Of> __device__ __forceinline__ void unscaled(uint4 words, const Of& of, Pair* x) {
+    load_vector(&words, x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = of.product(x[i], i);
+}
+#endif
 
 // 8 factors, 16-byte aligned.
 __device__ __forceinline__ void load_factors(const unsigned short* p, Pair (&x)[4]) {
@@ -82,17 +122,15 @@ template <class T> struct Factors {
     }
 };
 
-// fma(x, mean, dot) of 8 channels, in order.
-__device__ __forceinline__ void add_products(const float* x, const float (&mean)[8], float& dot) {
+// fma(x, mean, dot) of 8 channels of an input, in order.
+__device__ __forceinline__ void add_products(uint4 words, const float (&mean)[8], float& dot) {
+    float x[8];
+    widen(words, x);
 #pragma unroll
     for (int i = 0; i < 8; ++i) dot = __fmaf_rn(x[i], mean[i], dot);
 }
 
-__device__ __forceinline__ void add_products(const Pair* x, const float (&mean)[8], float& dot) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-        dot = __fmaf_rn(i % 2 ? high_half(x[i / 2].bits) : low_half(x[i / 2].bits), mean[i], dot);
-}
+// ---- a thread's blocks -------------------------------------------------------------------------
 
 template <int BLOCKS> __device__ __forceinline__ void rotate(RowValues<BLOCKS>& x) {
 #pragma unroll
@@ -103,16 +141,16 @@ template <int BLOCKS> __device__ __forceinline__ void set_zero(RowValues<BLOCKS>
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
 #pragma unroll
-        for (int i = 0; i < BLOCK_NUMBERS; ++i) x[b][i] = Number{};
+        for (int i = 0; i < ROTATION / 2; ++i) x[b][i] = Pair{};
     }
 }
 
 // Largest magnitude, NaN if a value is NaN.
 template <int BLOCKS> __device__ __forceinline__ float largest(const RowValues<BLOCKS>& x) {
-    Number amax[4] = {x[0][0], x[0][1], x[0][2], x[0][3]};  // chains that do not wait for each other
+    Pair amax[4] = {x[0][0], x[0][1], x[0][2], x[0][3]};  // chains that do not wait for each other
 #pragma unroll
-    for (int i = 4; i < BLOCKS * BLOCK_NUMBERS; ++i)
-        amax[i % 4] = larger(amax[i % 4], x[i / BLOCK_NUMBERS][i % BLOCK_NUMBERS]);
+    for (int i = 4; i < BLOCKS * ROTATION / 2; ++i)
+        amax[i % 4] = larger(amax[i % 4], x[i / (ROTATION / 2)][i % (ROTATION / 2)]);
     return largest_of_pair(larger(larger(amax[0], amax[1]), larger(amax[2], amax[3])));
 }
 
@@ -128,24 +166,3 @@ __device__ __forceinline__ float largest_of_lanes(float amax, int lanes) {
 __device__ __forceinline__ float largest_of_warp(float amax) {
     return __uint_as_float(warp_max(__float_as_uint(amax)));
 }
-
-// What `int8_codes` multiplies by.
-template <int BLOCKS> __device__ __forceinline__ Pair inverse_of(Pair (&)[BLOCKS][ROTATION / 2], float amax) {
-    return int8_inverse(amax);
-}
-
-// Where div(127, amax) is not usual it overflowed, and every value but 0 saturates; or amax is not finite, and the
-// codes are 0. The codes themselves are then left in x, for an inverse of 1.
-template <int BLOCKS> __device__ __forceinline__ float inverse_of(float (&x)[BLOCKS][ROTATION], float amax) {
-    const float inverse = __fdiv_rn(127.0f, amax);
-    if (inverse > 0.0f && is_finite(inverse)) return inverse;
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-#pragma unroll
-        for (int d = 0; d < ROTATION; ++d)
-            x[b][d] = is_finite(amax) && x[b][d] != 0.0f ? copysignf(127.0f, x[b][d]) : 0.0f;
-    }
-    return 1.0f;
-}
-
-__device__ __forceinline__ float int8_scale(float amax, float) { return __fdiv_rn(amax, 127.0f); }

@@ -55,42 +55,24 @@ __device__ __forceinline__ float largest_of_pair(Pair x) {
     return y;
 }
 
-__device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, b); }
-__device__ __forceinline__ float sub_rn(float a, float b) { return __fsub_rn(a, b); }
-
-// Butterflies of step 1, 2, 4, ... between numbers.
-template <class Number, int COUNT> __device__ __forceinline__ void butterflies(Number (&x)[COUNT]) {
-#pragma unroll
-    for (int h = 1; h < COUNT; h *= 2) {
-#pragma unroll
-        for (int d = 0; d < COUNT; ++d) {
-            if (d & h) continue;
-            const Number low = x[d], high = x[d + h];
-            x[d] = add_rn(low, high);
-            x[d + h] = sub_rn(low, high);
-        }
-    }
-}
-
 // Walsh-Hadamard butterflies of step 1, 2, 4, 8 of the block.
 __device__ __forceinline__ void rotate(Pair (&x)[ROTATION / 2]) {
 #pragma unroll
     for (int i = 0; i < ROTATION / 2; ++i) x[i] = sum_and_difference(x[i]);
-    butterflies(x);
+#pragma unroll
+    for (int h = 1; h < ROTATION / 2; h *= 2) {
+#pragma unroll
+        for (int i = 0; i < ROTATION / 2; ++i) {
+            if (i & h) continue;
+            const Pair low = x[i], high = x[i + h];
+            x[i] = add_rn(low, high);
+            x[i + h] = sub_rn(low, high);
+        }
+    }
 }
 
 // ---- amax, inverse and scale ---------------------------------------------------------------------
 // amax is an FP16 number, as FP32.
-
-// Whether a row, or key group, stays as it is. Otherwise it is computed again, times `power_of`.
-__device__ __forceinline__ bool is_usual(float amax) {
-    return amax == 0.0f || (amax >= 0x1p-9f && amax <= 65504.0f);
-}
-
-__device__ __forceinline__ float power_of(float amax) {
-    if (is_usual(amax)) return 1.0f;
-    return amax < 1.0f ? 0x1p12f : 0x1p-13f;
-}
 
 // fp16(min(div(127, amax), 65504)), twice. The quotient is nowhere so near to the middle of two FP16 numbers that
 // half an ulp and a little of FP32 would matter (tests/test_int8.py). The minimum of NaN, where amax is 0, is 65504.

@@ -46,9 +46,9 @@ constexpr int CODE_CHUNKS = HEAD_DIM / 16;  // of a row of codes, 16 bytes each
 __device__ __forceinline__ int vector_swizzle(int r) { return HEAD_DIM < 128 ? (r & 1) | (r & 2) << 1 : r & 1; }
 __device__ __forceinline__ int chunk_swizzle(int r) { return HEAD_DIM < 128 ? r & 2 : (r & 1) << 2; }
 
-// Attempts at a key group: where its numbers are not finite, a second one without the elements that are not; of FP16
-// inputs, where they still are not, or are tiny, a third one that is scaled.
-constexpr int CLEANED = 1, ATTEMPTS = IN_BF16 ? 2 : 3;
+// Attempts at a key group: where it is not usual, a second one without the elements that are not finite; where it still
+// is not, a third one that is scaled.
+constexpr int CLEANED = 1, SCALED = 2, ATTEMPTS = 3;
 
 // Aligned for more than `cp.async` asks for: with rows from an odd multiple of 16 bytes on, it reads L2 twice.
 struct __align__(128) Shared {
@@ -70,7 +70,7 @@ struct __align__(128) Shared {
                 Factors<Factor> addend;  // K
                 Factors<float> k_mean;   // Q
             };
-            float warp_amax[ATTEMPTS][PASSES][WARPS];
+            float warp_largest[ATTEMPTS + 1][PASSES][WARPS];
         };
         VSums v_sums;
     };
@@ -86,36 +86,30 @@ __device__ __forceinline__ int vector_place(int b, int half) {
     return (STEP * b ^ (swizzle & -STEP)) + ((2 * row_thread() + half) ^ (swizzle & (STEP - 1)));
 }
 
-// A thread's share of a row, 8 channels at a time: f(them, number of their vector, their block) may change them.
+// A thread's share of a row, 8 channels at a time: f(the words of the input, numbers to make of them, number of their
+// vector, their block).
 template <class F> __device__ __forceinline__ void load_row(RowValues<BLOCKS>& x, const uint4 (&row)[VECTORS], F f) {
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            Number* y = x[b] + VECTOR_NUMBERS * half;
-            load_vector(row + vector_place(b, half), y);
-            f(y, 2 * block_of_row(b) + half, b);
-        }
+        for (int half = 0; half < 2; ++half) f(row[vector_place(b, half)], x[b] + 4 * half, 2 * block_of_row(b) + half, b);
     }
 }
 
+// FP16 numbers as they are.
 __device__ __forceinline__ void load_row(RowValues<BLOCKS>& x, const uint4 (&row)[VECTORS]) {
-    load_row(x, row, [](Number*, int, int) {});
+    load_row(x, row, [](const uint4& words, Pair* y, int, int) { load_vector(&words, y); });
 }
 
-#if !IN_BF16
-// Replaces a thread's share of a row by f(8 channels of it, number of their vector). Rarely.
-template <class F> __device__ __forceinline__ void replace_row(uint4 (&row)[VECTORS], F f) {
+// f(8 channels of a thread's share of a row, number of their vector). Rarely, and so not unrolled.
+template <class F> __device__ __forceinline__ void for_each_vector(uint4 (&row)[VECTORS], F f) {
 #pragma unroll 1
-    for (int i = 0; i < 2 * BLOCKS; ++i) {
-        uint4& words = row[vector_place(i / 2, i % 2)];
-        Pair x[VECTOR_NUMBERS];
-        load_vector(&words, x);
-        f(x, 2 * block_of_row(i / 2) + i % 2);
-        words = make_uint4(x[0].bits, x[1].bits, x[2].bits, x[3].bits);
-    }
+    for (int i = 0; i < 2 * BLOCKS; ++i) f(row[vector_place(i / 2, i % 2)], 2 * block_of_row(i / 2) + i % 2);
 }
-#endif
+
+__device__ __forceinline__ uint4 words_of(const Pair (&x)[4]) {
+    return make_uint4(x[0].bits, x[1].bits, x[2].bits, x[3].bits);
+}
 
 // What the numbers of the 16-byte chunks of a panel are xor-ed with in a row of codes.
 __device__ __forceinline__ int swizzle(int row) { return PANEL == 128 ? row & 7 : row >> 1 & 3; }
@@ -141,7 +135,7 @@ struct CodePlaces {
 // whole lines are written at once.
 template <class Pass>
 __device__ __forceinline__ void store_codes(Pass& pass, signed char* tile, const CodePlaces& places, int flip,
-                                            const RowValues<BLOCKS>& x, Number inverse) {
+                                            const RowValues<BLOCKS>& x, Pair inverse) {
     auto& shared = pass.of_warp[threadIdx.x / 32];
     __syncwarp();
 #pragma unroll
@@ -183,6 +177,11 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
 #pragma unroll
     for (int pass = 1; pass < PASSES; ++pass) copy_pass(pass);
     const CodePlaces places(BLOCK_M, [](int r) { return r; });  // of a warp's first row on, a multiple of WARP_ROWS
+    const auto of = [&](int vector) {
+        OfQ x;
+        shared.factor.load(vector, x.factor);
+        return x;
+    };
     cp_async_wait<PASSES - 1>();
     __syncthreads();
 #pragma unroll 1  // the code of all roles should fit the instruction cache
@@ -197,49 +196,47 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
         RowValues<BLOCKS> x;
         float amax, dot[BLOCKS] = {}, unscale = 1.0f;
 #pragma unroll 1
-        for (bool scaled = false;; scaled = true) {
-            if (scaled) {
+        for (bool is_scaled = false;; is_scaled = true) {
+            if (is_scaled) {
                 load_row(x, row_values);
             } else {
-                load_row(x, row_values, [&](Number* y, int vector, int b) {
-                    Number factor[VECTOR_NUMBERS];
-                    shared.factor.load(vector, factor);
+                load_row(x, row_values, [&](const uint4& words, Pair* y, int vector, int b) {
                     if (WITH_MEAN_DOT) {
                         float mean[8];
                         shared.k_mean.load(vector, mean);
-                        add_products(y, mean, dot[b]);
+                        add_products(words, mean, dot[b]);
                     }
-#pragma unroll
-                    for (int i = 0; i < VECTOR_NUMBERS; ++i) y[i] = mul_rn(y[i], factor[i]);
+                    unscaled(words, of(vector), y);
                 });
             }
             rotate(x);
             amax = largest_of_lanes(largest(x), ROW_THREADS);
-#if IN_BF16
-            break;
-#else
             if (__all_sync(~0u, is_usual(amax))) break;
-            if (scaled) {
-                if (!is_finite(amax)) {  // an element is not
+            if (is_scaled) {
+                if (!is_finite(amax)) {  // an element is not, or overflowed
                     set_zero(x);
                     amax = 0.0f, unscale = __int_as_float(0x7FFFFFFF);
                 }
                 break;
             }
-            const float power = power_of(amax);
-            const Pair powers = {cvt_f16x2(power, power)};
-            unscale = 1.0f / power;
-            replace_row(row_values, [&](Pair (&y)[VECTOR_NUMBERS], int vector) {
-                Pair factor[VECTOR_NUMBERS];
-                shared.factor.load(vector, factor);
-#pragma unroll
-                for (int i = 0; i < VECTOR_NUMBERS; ++i) y[i] = mul_rn(mul_rn(y[i], powers), factor[i]);
+            float power = 1.0f, of_row = amax;
+#if IN_BF16
+            of_row = 0.0f;
+            for_each_vector(row_values, [&](const uint4& words, int vector) {
+                of_row = max_or_nan(of_row, largest_product(words, of(vector)));
             });
+            of_row = largest_of_lanes(of_row, ROW_THREADS);
 #endif
+            if (!is_usual(amax)) power = power_of(of_row);
+            unscale = 1.0f / power;
+            for_each_vector(row_values, [&](uint4& words, int vector) {
+                Pair y[4];
+                scaled(words, of(vector), power, y);
+                words = words_of(y);
+            });
         }
-        const Number inverse = inverse_of(x, amax);
-        float row_scale = __fmul_rn(__fmul_rn(int8_scale(amax, inverse), unscale), softmax_scale);
-        if (IN_BF16 && !is_finite(amax)) row_scale = __int_as_float(0x7FFFFFFF);
+        const Pair inverse = int8_inverse(amax);
+        const float row_scale = __fmul_rn(__fmul_rn(int8_scale(amax, inverse), unscale), softmax_scale);
         if (WITH_MEAN_DOT) {
 #pragma unroll
             for (int half = BLOCKS / 2; half > 0; half /= 2) {
@@ -285,6 +282,12 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
         return p / 2 * 8 + p % 2;
     });
     constexpr int GROUP_FLIP = 2 * PANEL + 16 * (PANEL == 128 ? 2 : 1);  // two rows on, and what that does to `swizzle`
+    const auto of = [&](int vector) {
+        OfK x;
+        shared.factor.load(vector, x.factor);
+        shared.addend.load(vector, x.addend);
+        return x;
+    };
     cp_async_wait<K_PASSES - 1>();
     __syncthreads();
 #pragma unroll 1
@@ -296,53 +299,59 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
         }
         auto& row = shared.passes[pass].of_warp[warp].rows[warp_row()];
         const bool exists = key_0 + pass * (PASS_GROUPS * GROUP_KEYS) < seq_kv;
+        // Over the key group.
+        const auto largest_of_group = [&](float of_thread, int slot) {
+            float result = largest_of_warp(of_thread);
+            if (GROUP_WARPS > 1) {
+                float* of_warps = shared.warp_largest[slot][pass] + warp / GROUP_WARPS * GROUP_WARPS;
+                if (threadIdx.x % 32 == 0) of_warps[warp % GROUP_WARPS] = result;
+                sync_group<PASS_GROUPS, 32 * GROUP_WARPS>(warp / GROUP_WARPS);
+#pragma unroll
+                for (int i = 0; i < GROUP_WARPS; ++i) result = max_or_nan(result, of_warps[i]);
+            }
+            return result;
+        };
         RowValues<BLOCKS> x;
         float amax, unscale = 1.0f;
 #pragma unroll 1
         for (int attempt = 0;; ++attempt) {
-            if (!IN_BF16 && (!exists || attempt > CLEANED)) {  // 0, or scaled
+            if (!exists || attempt == SCALED) {  // 0, or what has taken the input's place
                 load_row(x, row);
             } else {
-                load_row(x, row, [&](Number* y, int vector, int) {
-                    Number factor[VECTOR_NUMBERS], addend[VECTOR_NUMBERS];
-                    shared.factor.load(vector, factor);
-                    shared.addend.load(vector, addend);
-#pragma unroll
-                    for (int i = 0; i < VECTOR_NUMBERS; ++i) y[i] = fma_rn(y[i], factor[i], addend[i]);
+                load_row(x, row, [&](const uint4& words, Pair* y, int vector, int) {
+                    unscaled(words, of(vector), y);
                 });
             }
-            if (IN_BF16 && !exists) set_zero(x);  // FP16: not loaded with an addend
             rotate(x);
-            amax = largest_of_warp(largest(x));
-            if (GROUP_WARPS > 1) {
-                float* of_warps = shared.warp_amax[attempt][pass] + warp / GROUP_WARPS * GROUP_WARPS;
-                if (threadIdx.x % 32 == 0) of_warps[warp % GROUP_WARPS] = amax;
-                sync_group<PASS_GROUPS, 32 * GROUP_WARPS>(warp / GROUP_WARPS);
-#pragma unroll
-                for (int i = 0; i < GROUP_WARPS; ++i) amax = max_or_nan(amax, of_warps[i]);
-            }
-            if ((IN_BF16 ? is_finite(amax) : is_usual(amax)) || attempt == ATTEMPTS - 1) break;
+            amax = largest_of_group(largest(x), attempt);
+            if (is_usual(amax) || attempt == SCALED) break;
             if (attempt < CLEANED) {
                 for (int vector = row_thread(); vector < VECTORS; vector += ROW_THREADS)
                     row[vector] = finite(row[vector]);
                 __syncwarp();
                 continue;
             }
-#if !IN_BF16
-            const float power = power_of(amax), down = fminf(power, 1.0f), up = fmaxf(power, 1.0f);
-            const Pair downs = {cvt_f16x2(down, down)}, ups = {cvt_f16x2(up, up)};
-            unscale = 1.0f / power;
-            if (exists) replace_row(row, [&](Pair (&y)[VECTOR_NUMBERS], int vector) {
-                Pair factor[VECTOR_NUMBERS], addend[VECTOR_NUMBERS];
-                shared.factor.load(vector, factor);
-                shared.addend.load(vector, addend);
-#pragma unroll
-                for (int i = 0; i < VECTOR_NUMBERS; ++i)
-                    y[i] = mul_rn(fma_rn(mul_rn(y[i], downs), factor[i], mul_rn(addend[i], downs)), ups);
+            float of_group = amax;
+#if IN_BF16
+            float of_thread = 0.0f;
+            if (exists) for_each_vector(row, [&](const uint4& words, int vector) {
+                of_thread = max_or_nan(of_thread, largest_product(words, of(vector)));
             });
+            of_group = largest_of_group(of_thread, ATTEMPTS);
 #endif
+            const float power = power_of(of_group);
+            unscale = 1.0f / power;
+            if (exists) for_each_vector(row, [&](uint4& words, int vector) {
+                Pair y[4];
+                scaled(words, of(vector), power, y);
+                words = words_of(y);
+            });
         }
-        const Number inverse = inverse_of(x, amax);
+        if (IN_BF16 && !is_finite(amax)) {  // an FP32 number overflowed
+            set_zero(x);
+            amax = 0.0f, unscale = __int_as_float(0x7FFFFFFF);
+        }
+        const Pair inverse = int8_inverse(amax);
         store_codes(shared.passes[pass], codes, places, group * GROUP_FLIP, x, inverse);
         if (warp % GROUP_WARPS == 0 && threadIdx.x % 32 == 0) {
             const float group_scale = __fmul_rn(int8_scale(amax, inverse), unscale);

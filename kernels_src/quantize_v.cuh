@@ -29,6 +29,11 @@ typedef uint4 VRangeSums[THREADS];
 
 [[maybe_unused]] constexpr float LOST_UNIT = 65536.0f;  // `lost` counts 1 / 65536 of V's codes
 
+// 1.5 * 2^23. Adding it to |x| < 2^22 rounds x to an integer, to nearest even; the bits of the sum are
+// ROUNDING_BITS plus that integer.
+[[maybe_unused]] constexpr float ROUNDING = 12582912.0f;
+[[maybe_unused]] constexpr unsigned ROUNDING_BITS = 0x4B400000;
+
 // Row of a channel in a tile of V (`channel_order` of the reference is the inverse). For `wgmma`, where a thread
 // has columns 2t and 2t + 1 of every 8 of the product, these are 8 neighbouring channels of every 32.
 __device__ __forceinline__ int v_row(int channel) {

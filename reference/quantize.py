@@ -5,8 +5,8 @@ FP16 or BF16; inside, the head dimension is padded with zeros to `plan.head_dim`
 their natural order, cut into tiles of `plan.block_n` and padded with zeros: (..., n_tiles, block_n,
 head_dim). `k_order` and `v_order` give the order in which the kernels store them (`layout.py`).
 
-Section 2 is computed in FP16 for FP16 inputs, in FP32 for BF16 ones: in the arrays' own type, which is
-`numpy.float16` or `numpy.float32`.
+Section 2 is computed in FP16, `numpy.float16`, but that BF16 inputs are multiplied by their factors in FP32,
+`numpy.float32`, before.
 """
 
 from dataclasses import dataclass, replace
@@ -23,12 +23,13 @@ ROTATION = 16  # channels of Q and K that are rotated together
 LOST_UNIT = np.float32(65536)
 FP32_MAX = np.finfo(np.float32).max
 
-# FP16 inputs.
 FP16_MAX = np.float32(65504)
+SMALL_AMAX = np.float32(2.0**-9)  # an `amax` below it, or one that overflowed: the numbers are scaled, and computed again
+
+# FP16 inputs.
 MIN_SPREAD = np.float32(2.0**-12)  # smaller spreads count as this,
 MIN_RELATIVE_SPREAD = np.float32(2.0**-13)  # or as this part of the mean
-SMALL_AMAX = np.float32(2.0**-9)  # an `amax` below it, but for 0, or one that overflowed: the numbers are scaled,
-SCALE_UP, SCALE_DOWN = np.float16(2.0**12), np.float16(2.0**-13)  # and computed once more
+SCALE_UP, SCALE_DOWN = np.float32(2.0**12), np.float32(2.0**-13)
 
 
 @dataclass(frozen=True)
@@ -234,38 +235,44 @@ def rotate(x):
     return x
 
 
-def _to_int8(x, axes, rounded):
-    """Codes of rotated numbers, and scales: one for all numbers along `axes`, which are kept with length 1.
+def _to_int8(x, axes, power_of):
+    """INT8 codes of rotated numbers, and scales: one for all numbers along `axes`, which are kept with length 1.
 
-    `x(power)`: the numbers times a power of two, an array that broadcasts against them. A scale is not finite where
-    one of its numbers is not; the codes are 0 there. Unrounded codes for `rounded=False`.
+    `x(power)`: the numbers, FP16, times a power of two (float32), an array that broadcasts against them; `power_of(amax)`:
+    those powers. A scale is NaN where one of its numbers is not finite; the codes are 0 there.
     """
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        values = x(np.float16(1))
+        values = x(np.float32(1))
         amax = np.abs(values).max(axes, keepdims=True)
-        return (_to_int8_fp16(x, values, amax, axes) if values.dtype == np.float16 else
-                _to_int8_fp32(values, amax, rounded))  # fmt: skip
+        power = power_of(amax)
+        if (power != 1).any():
+            values = x(power)
+            amax = np.abs(values).max(axes, keepdims=True)
+        is_finite, amax = np.isfinite(amax), amax.astype(np.float32)
+        inverse = formats.to_fp16(np.fmin(INT8_MAX / amax, FP16_MAX)).astype(np.float32)
+        scale = np.where(amax > 0, np.float32(1) / inverse, np.float32(0)) * (np.float32(1) / power)
+        codes = np.where(is_finite, values, np.float16(0)) * np.where(is_finite, inverse, np.float32(0))  # exact
+        return np.rint(codes).astype(np.int8), np.where(is_finite, scale, np.float32(np.nan))
 
 
-def _to_int8_fp32(values, amax, rounded):
-    inverse = np.where(amax > 0, INT8_MAX / amax, np.float32(0))
-    codes = np.where(np.isfinite(amax), values, np.float32(0)).astype(np.float64) * inverse  # exact, so rounded once
-    if rounded:
-        codes = np.where(np.isnan(codes), 0, np.clip(np.rint(codes), -INT8_MAX, INT8_MAX))
-    return codes.astype(np.int8 if rounded else np.float32), amax / INT8_MAX
-
-
-def _to_int8_fp16(x, values, amax, axes):
+def _power_of_amax(amax):
+    """For `_to_int8`, of FP16 inputs."""
     small = (amax > 0) & (amax < SMALL_AMAX)
-    power = np.where(np.isfinite(amax), np.where(small, SCALE_UP, np.float16(1)), SCALE_DOWN)
-    if (power != 1).any():
-        values = x(power)
-        amax = np.abs(values).max(axes, keepdims=True)
-    amax, power = amax.astype(np.float32), power.astype(np.float32)
-    inverse = formats.to_fp16(np.fmin(INT8_MAX / amax, FP16_MAX)).astype(np.float32)
-    scale = np.where(amax > 0, np.float32(1) / inverse, amax) * (np.float32(1) / power)
-    codes = np.where(np.isfinite(amax), values, np.float16(0)) * inverse  # FP32, exact
-    return np.rint(codes).astype(np.int8), scale
+    return np.where(np.isfinite(amax), np.where(small, SCALE_UP, np.float32(1)), SCALE_DOWN)
+
+
+def _power_of_largest(largest):
+    """For `_to_int8`, of BF16 inputs: `largest` is the largest magnitude before it was rounded to FP16."""
+    exponent = np.ascontiguousarray(largest).view(np.uint32) >> np.uint32(23)
+    power = ((np.uint32(253) - np.minimum(exponent, np.uint32(252))) << np.uint32(23)).view(np.float32)
+    return lambda amax: np.where(np.isfinite(amax) & (amax >= SMALL_AMAX), np.float32(1), power)
+
+
+def _unrounded(x, axes):
+    """The same of numbers in FP32, with codes that are not rounded."""
+    amax = np.abs(x).max(axes, keepdims=True)
+    inverse = np.where(amax > 0, INT8_MAX / np.where(amax > 0, amax, np.float32(1)), np.float32(0))
+    return x * inverse, amax / INT8_MAX
 
 
 def softmax_scale(sm_scale):
@@ -274,14 +281,19 @@ def softmax_scale(sm_scale):
 
 
 def quantize_q(q, channels, sm_scale, plan, rounded=True):
-    """INT8 codes with one scale a row. `channels`: those of the KV head."""
-    q = (padded if rounded else widen)(q, plan.head_dim)
-    factor = channels.q_factor[..., None, :]
-    codes, scale = _to_int8(lambda power: rotate(q * power.astype(q.dtype) * factor), -1, rounded)
-    scale = np.where(np.isfinite(scale), scale, np.float32(np.nan))[..., 0]
+    """INT8 codes with one scale a row. `channels`: those of the KV head. Unrounded codes for `rounded=False`."""
+    q, factor = padded(q, plan.head_dim), channels.q_factor[..., None, :]
+    wide = q.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        mean_dot = dot_with_mean(q.astype(np.float32), channels.k_mean)
-        return QuantizedQ(codes, scale * softmax_scale(sm_scale), mean_dot)
+        if not rounded:
+            codes, scale = _unrounded(rotate(wide * factor), -1)
+        elif q.dtype == np.float16:
+            codes, scale = _to_int8(lambda power: rotate(q * power.astype(np.float16) * factor), -1, _power_of_amax)
+        else:
+            x = q * factor
+            power_of = _power_of_largest(np.abs(x).max(axis=-1, keepdims=True))
+            codes, scale = _to_int8(lambda power: rotate(formats.to_fp16(x * power)), -1, power_of)
+        return QuantizedQ(codes, scale[..., 0] * softmax_scale(sm_scale), dot_with_mean(wide, channels.k_mean))
 
 
 def dot_with_mean(q, k_mean):
@@ -295,20 +307,32 @@ def dot_with_mean(q, k_mean):
 
 
 def quantize_k(k, channels, plan, rounded=True):
-    """INT8 codes with one scale for every key group, a quarter of a tile."""
-    k = finite((padded if rounded else widen)(k, plan.head_dim))
+    """INT8 codes with one scale for every key group, a quarter of a tile. Unrounded codes for `rounded=False`."""
+    k = finite(padded(k, plan.head_dim))
     seq_kv = k.shape[-2]
     groups = (*k.shape[:-2], -1, KEY_GROUPS, plan.block_n // KEY_GROUPS, plan.head_dim)
     k = in_tiles(k, plan.block_n).reshape(groups)
     exists = in_tiles(np.ones((seq_kv, 1), bool), plan.block_n).reshape(-1, *groups[-3:-1], 1)
     factor, addend = (x[..., None, None, None, :] for x in (channels.k_factor, channels.k_addend))
-    fma = formats.fma16 if k.dtype == np.float16 else formats.fma
+    axes = (-2, -1)
 
-    def x(power):
-        down, up = (limit(power, 1).astype(k.dtype) for limit in (np.minimum, np.maximum))
-        return rotate(np.where(exists, fma(k * down, factor, addend * down) * up, k.dtype.type(0)))
+    def of_existing(x):
+        return rotate(np.where(exists, x, x.dtype.type(0)))
 
-    codes, scale = _to_int8(x, (-2, -1), rounded)
+    def scaled(power):
+        down, up = (limit(power, np.float32(1)).astype(np.float16) for limit in (np.minimum, np.maximum))
+        return of_existing(formats.fma16(k * down, factor, addend * down) * up)
+
+    if rounded and k.dtype == np.float16:
+        codes, scale = _to_int8(scaled, axes, _power_of_amax)
+    else:
+        x = formats.fma(*(y.astype(np.float32) for y in (k, factor, addend)))
+        if not rounded:
+            codes, scale = _unrounded(of_existing(x), axes)
+        else:
+            power_of = _power_of_largest(np.where(exists, np.abs(x), np.float32(0)).max(axes, keepdims=True))
+            with np.errstate(over="ignore", invalid="ignore"):
+                codes, scale = _to_int8(lambda power: of_existing(formats.to_fp16(x * power)), axes, power_of)
     codes, scale = codes.reshape(*codes.shape[:-3], plan.block_n, plan.head_dim), scale[..., 0, 0]
     return QuantizedK(codes, scale, np.fmax.reduce(scale, axis=(-2, -1), initial=0))  # of those that are not NaN
 

@@ -1,5 +1,6 @@
-"""Q and K of FP16 inputs to INT8 in FP16 arithmetic: section 2 of docs/numerics.md, on the reference. No GPU."""
+"""Q and K to INT8 in FP16 arithmetic: section 2 of docs/numerics.md, on the reference. No GPU."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -117,6 +118,36 @@ def test_codes_of_k_are_within_half_a_step_whatever_its_size(size):
     assert (error <= 0.5 * scale + amax * 2.0**-9 + 16 * 2.0**-25).all()
 
 
+#: Sizes of BF16 numbers: what FP16 holds well, does not hold, loses, and what FP32 hardly holds.
+BF16_SIZES = (1, 1e-4, 1e-10, 1e-30, 1e6, 1e30, 1e36)
+
+
+@pytest.mark.parametrize("size", BF16_SIZES)
+@pytest.mark.parametrize("which", ["q", "k"])
+def test_bf16_codes_are_within_half_a_step_whatever_their_size(which, size):
+    """Rows of Q of any size, and key groups of any size that the sample of K does not hold."""
+    x = random((2048, 64), 2)
+    place = slice(64, 512) if which == "k" else slice(None)
+    x[place] *= size
+    x = x.astype(ml_dtypes.bfloat16)
+    wide = x.astype(np.float64)
+    if which == "q":
+        channels = channels_of(random((400, 64), 1).astype(ml_dtypes.bfloat16))
+        quantized = quantize.quantize_q(x, channels, 1, PLAN)
+        codes, scale = quantized.codes, quantized.scale[:, None] / quantize.softmax_scale(1)
+        expected = quantize.rotate(wide * channels.q_factor)
+        amax = np.abs(expected).max(axis=-1, keepdims=True)
+    else:
+        channels = channels_of(x)
+        quantized = quantize.quantize_k(x, channels, PLAN)
+        codes, scale = quantized.codes.reshape(-1, 64), np.repeat(quantized.scale.reshape(-1), PLAN.block_n // 4)[:, None]
+        expected = quantize.rotate(wide * channels.k_factor + channels.k_addend)
+        amax = np.repeat(np.abs(expected).reshape(-1, PLAN.block_n // 4 * 64).max(axis=-1), PLAN.block_n // 4)[:, None]
+    scale = scale.astype(np.float64)
+    assert (np.abs(codes * scale - expected) <= 0.5 * scale + amax * 2.0**-9).all()
+    assert (np.abs(codes).max(axis=-1)[place] >= (126 if which == "q" else 1)).all()
+
+
 def test_rows_that_are_zero_have_the_scale_zero():
     k = random((100, 64)).astype(np.float16)
     quantized = quantize.quantize_q(np.zeros((3, 64), np.float16), channels_of(k), 1, PLAN)
@@ -125,9 +156,10 @@ def test_rows_that_are_zero_have_the_scale_zero():
     assert not quantized.codes.any() and not quantized.scale.any()
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_row_of_q_that_is_not_finite_has_a_nan_scale_and_no_codes(value):
-    q = random((5, 64)).astype(np.float16)
+def test_a_row_of_q_that_is_not_finite_has_a_nan_scale_and_no_codes(value, dtype):
+    q = random((5, 64)).astype(dtype)
     q[2, 7] = value
     quantized = quantize.quantize_q(q, channels_of(q), 1, PLAN)
     np.testing.assert_array_equal(np.isnan(quantized.scale), np.arange(5) == 2)

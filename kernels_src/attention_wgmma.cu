@@ -17,9 +17,10 @@
 #include "wgmma.cuh"
 
 constexpr int NUM_WARPGROUPS = BLOCK_M / 64;
-constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = NUM_WARPGROUPS == 2 ? 240 : 160;
+// Of 96 channels 240 would be more than enough: ptxas then has two places for S, and spills.
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = NUM_WARPGROUPS == 3 ? 160 : CHANNELS == 96 ? 224 : 240;
 constexpr int CONSUMER_THREADS = 128 * NUM_WARPGROUPS;
-constexpr int V_ROWS = HEAD_DIM + ROW_SUM_ROWS;
+constexpr int V_ROWS = CHANNELS + ROW_SUM_ROWS;  // HEAD_DIM is what is stored of Q and K, CHANNELS what is computed
 constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;  // channels that lie together; 128 or 64 bytes of Q and K
 constexpr int PANELS = HEAD_DIM / PANEL;
 constexpr unsigned LAYOUT_QK = PANEL == 64 ? LAYOUT_SWIZZLE_64 : LAYOUT_SWIZZLE_128;
@@ -31,7 +32,7 @@ static_assert(BLOCK_M % 64 == 0, "a warpgroup owns 64 rows");
 static_assert(NUM_WARPS == 4 * (1 + NUM_WARPGROUPS), "a producer warpgroup beside the consumers");
 
 // Of O a thread's registers hold the first channels, shared memory the others.
-constexpr int O_CHANNELS = HEAD_DIM <= 128 ? HEAD_DIM : 160, O_SHARED_CHANNELS = HEAD_DIM - O_CHANNELS;
+constexpr int O_CHANNELS = CHANNELS <= 192 ? CHANNELS : 160, O_SHARED_CHANNELS = CHANNELS - O_CHANNELS;
 static_assert(O_CHANNELS % 32 == 0, "32 channels are written at a time");
 static_assert(O_SHARED_CHANNELS <= O_CHANNELS, "these are written from the registers of those");
 
@@ -210,7 +211,7 @@ __device__ __forceinline__ void issue_qk(unsigned (&s)[BLOCK_N / 2], unsigned q,
     wgmma_fence();
     if (START_BY_PRODUCT) wgmma_u8<descriptor_high(256, LAYOUT_PLAIN)>(s, ones);
 #pragma unroll
-    for (int d = 0; d < HEAD_DIM; d += 32) {
+    for (int d = 0; d < CHANNELS; d += 32) {
         int panel = d / PANEL, column = d % PANEL;
         wgmma_s8<HIGH>(s, q + (panel * BLOCK_M * PANEL + column) / 16, k + (panel * BLOCK_N * PANEL + column) / 16);
     }
@@ -225,10 +226,12 @@ __device__ __forceinline__ void issue_pv(unsigned (&t)[V_ROWS / 4], const unsign
     for (int key = 0; key < BLOCK_N; key += 32) {
         bool add = key > 0 || accumulate;
         unsigned v_keys = v + key * V_ROWS / 16;
-        if constexpr (HEAD_DIM == 64) wgmma_e4m3_n72<HIGH>(t, p + key / 8, v_keys, add);
-        if constexpr (PANELS == 2) wgmma_e4m3_n128<HIGH>(t, p + key / 8, v_keys, add);
-        if constexpr (HEAD_DIM >= 128)  // the last panel, and the row sum
-            wgmma_e4m3_n136<HIGH>(t + (PANELS - 1) * PANEL / 4, p + key / 8, v_keys + (PANELS - 1) * PANEL, add);
+        constexpr int FIRST = (PANELS - 1) * PANEL, LAST = V_ROWS - FIRST;  // the last panel's, and the row sum
+        if constexpr (FIRST == 128) wgmma_e4m3_n128<HIGH>(t, p + key / 8, v_keys, add);
+        if constexpr (LAST == 72) wgmma_e4m3_n72<HIGH>(t + FIRST / 4, p + key / 8, v_keys + FIRST, add);
+        if constexpr (LAST == 104) wgmma_e4m3_n104<HIGH>(t + FIRST / 4, p + key / 8, v_keys + FIRST, add);
+        if constexpr (LAST == 136) wgmma_e4m3_n136<HIGH>(t + FIRST / 4, p + key / 8, v_keys + FIRST, add);
+        static_assert(LAST == 72 || LAST == 104 || LAST == 136, "there is a product for it");
     }
     wgmma_commit();
 }
@@ -287,7 +290,7 @@ struct Consumer {
             }
         });
 #pragma unroll
-        for (int r = 0; r < 2; ++r) row[r].l = __fadd_rn(row[r].l, low_half(t[HEAD_DIM / 4 + r]));
+        for (int r = 0; r < 2; ++r) row[r].l = __fadd_rn(row[r].l, low_half(t[CHANNELS / 4 + r]));
     }
 
     __device__ void release(int which) {
@@ -467,13 +470,13 @@ struct Consumer {
         });
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            f(row[r].l, (HEAD_DIM / 2 + r) * CONSUMER_THREADS);
-            f(row[r].bound, (HEAD_DIM / 2 + 2 + r) * CONSUMER_THREADS);
+            f(row[r].l, (CHANNELS / 2 + r) * CONSUMER_THREADS);
+            f(row[r].bound, (CHANNELS / 2 + 2 + r) * CONSUMER_THREADS);
         }
 #pragma unroll
         for (int i = 0; i < V_ROWS / 4; ++i) {
             float pair = __uint_as_float(t[i]);
-            f(pair, (HEAD_DIM / 2 + 4 + i) * CONSUMER_THREADS);
+            f(pair, (CHANNELS / 2 + 4 + i) * CONSUMER_THREADS);
             t[i] = __float_as_uint(pair);
         }
     }
@@ -492,7 +495,7 @@ struct Consumer {
 
 // Sums that a CTA passes to the next one.
 struct Handover {
-    float sums[HEAD_DIM / 2 + 4 + V_ROWS / 4][CONSUMER_THREADS];
+    float sums[CHANNELS / 2 + 4 + V_ROWS / 4][CONSUMER_THREADS];
 };
 
 __device__ __forceinline__ void consume(unsigned shared, const Output& out, const Problem& problem, Handover* handovers,

@@ -6,7 +6,7 @@
 // them. Of the CTAs that contribute to one result (the means of a head, its `v_offset`), the one that arrives last
 // finishes it (`progress.cuh`).
 //
-// Compiled with: HEAD_DIM, BLOCK_M, BLOCK_N, V_F16, V_MAX, ROW_SUM_ROWS (above 0 for `wgmma` alone),
+// Compiled with: HEAD_DIM, CHANNELS (those below it that are computed), BLOCK_M, BLOCK_N, V_F16, V_MAX, ROW_SUM_ROWS (above 0 for `wgmma` alone),
 // ROW_SUM_UNIT, SAMPLE_KEYS, IN_BF16, WITH_MEAN_DOT, SMOOTH_K, ALIGNED (`quantize_defines` in sagepp/launch.py).
 
 #include "int8.cuh"

@@ -7,7 +7,7 @@
 
 constexpr int V_CHUNK_KEYS = V_F16 ? 8 : 16;            // keys in a chunk, 16 bytes of codes of V
 constexpr int V_CHUNKS = BLOCK_N / V_CHUNK_KEYS;        // of a tile
-constexpr int V_ROWS = HEAD_DIM + ROW_SUM_ROWS;
+constexpr int V_ROWS = CHANNELS + ROW_SUM_ROWS;         // of codes: further channels are 0, and not stored
 
 // A warp makes the codes of a chunk and 64 channels, from V_KEYS keys of every key group. V_WIDTH warps beside
 // each other make V_CHANNELS channels of the chunk, and the CTA V_STEP chunks a step. V_CTAS: CTAs of a tile.
@@ -144,14 +144,15 @@ __device__ __forceinline__ bool quantize_v(VRows& v, VSums& sums, const Rows& ro
         __syncwarp();
         staged[v_row(2 * lane)] = low, staged[v_row(2 * lane + 1)] = high;
         __syncwarp();
-        out[lane] = staged[lane];
-        out[lane + 32] = staged[lane + 32];
+#pragma unroll
+        for (int i = 0; i < 64; i += 32)
+            if (CHANNELS == HEAD_DIM || first_channel + i < CHANNELS) out[lane + i] = staged[lane + i];
     }
 #if ROW_SUM_ROWS
     // four E4M3 codes of ROW_SUM_UNIT: a power of two, whose exponent has the bias 7 instead of 127
     const unsigned unit = (__float_as_uint(ROW_SUM_UNIT) / (1 << 23) - 120) * 8 * 0x01010101u;
     for (int i = threadIdx.x; part == 0 && i < V_CHUNKS * ROW_SUM_ROWS; i += THREADS)
-        reinterpret_cast<uint4*>(codes)[i / ROW_SUM_ROWS * V_ROWS + HEAD_DIM + i % ROW_SUM_ROWS] =
+        reinterpret_cast<uint4*>(codes)[i / ROW_SUM_ROWS * V_ROWS + CHANNELS + i % ROW_SUM_ROWS] =
             make_uint4(unit, unit, unit, unit);
 #endif
     bool exceeds = false;

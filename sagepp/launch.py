@@ -71,7 +71,7 @@ def _float_literal(x: float) -> str:
 def quantize_defines(plan: Plan, *, bfloat16=False, return_lse=False, smooth_k=True, aligned=True):
     """Of `quantize.cu`. `aligned`: rows of head_dim, strides and addresses are multiples of 16 bytes."""
     return (
-        ("HEAD_DIM", plan.head_dim), ("BLOCK_M", plan.block_m), ("BLOCK_N", plan.block_n),
+        ("HEAD_DIM", plan.head_dim), ("CHANNELS", plan.channels), ("BLOCK_M", plan.block_m), ("BLOCK_N", plan.block_n),
         ("V_F16", int(plan.v_dtype == "f16")), ("V_MAX", _float_literal(plan.v_max)),
         ("ROW_SUM_ROWS", _row_sum_rows(plan)), ("ROW_SUM_UNIT", _float_literal(plan.row_sum_unit)),
         ("SAMPLE_KEYS", int(plan.sample)), ("IN_BF16", int(bfloat16)), ("WITH_MEAN_DOT", int(return_lse)),
@@ -81,7 +81,7 @@ def quantize_defines(plan: Plan, *, bfloat16=False, return_lse=False, smooth_k=T
 def attention_defines(plan: Plan, *, bfloat16=False, is_causal=False, return_lse=False):
     """Of `attention_mma.cu` and `attention_wgmma.cu`."""
     return (
-        ("HEAD_DIM", plan.head_dim), ("BLOCK_M", plan.block_m), ("BLOCK_N", plan.block_n),
+        ("HEAD_DIM", plan.head_dim), ("CHANNELS", plan.channels), ("BLOCK_M", plan.block_m), ("BLOCK_N", plan.block_n),
         ("V_F16", int(plan.v_dtype == "f16")), ("P_FORM", P_FORMS.index(plan.p_form)),
         ("AIM", plan.aim), ("PROMOTE_EVERY", plan.promote_every), ("ROW_SUM_ROWS", _row_sum_rows(plan)),
         ("ROW_SUM_UNIT", _float_literal(plan.row_sum_unit)), ("OUT_BF16", int(bfloat16)),
@@ -98,13 +98,13 @@ def attention_shared_bytes(plan: Plan) -> int:
     """Dynamic shared memory of the attention kernel: `SHARED_BYTES` of its source."""
     d = plan.head_dim
     q_bytes, k_bytes = plan.block_m * d, plan.block_n * d
-    v_bytes = plan.block_n * (d + _row_sum_rows(plan)) * (2 if plan.v_dtype == "f16" else 1)
+    v_bytes = plan.block_n * (plan.channels + _row_sum_rows(plan)) * (2 if plan.v_dtype == "f16" else 1)
     if plan.kernel == "mma":
         return q_bytes + plan.stages * (k_bytes + v_bytes) + 8 * plan.block_m
     stage_bytes = _align(k_bytes + v_bytes, 1024)
     item_bytes = 4 * (2 * plan.block_m + 2 * d + 12)
     q_buffers = 2 if d <= 128 else 1
-    o_bytes = 4 * plan.block_m * max(0, d - 160)  # what the registers cannot hold
+    o_bytes = 4 * plan.block_m * (plan.channels - 160) if plan.channels > 192 else 0  # what registers cannot hold
     ones_bytes = 32 * plan.block_n if d <= 128 else 0
     return q_buffers * (q_bytes + item_bytes + 16) + plan.stages * (stage_bytes + 16 + 16) + o_bytes + ones_bytes
 
@@ -200,10 +200,10 @@ def _workspace(geometry: Geometry, plan: Plan, handovers: int) -> _Arrays:
         "q_mean_dot": rows if geometry.return_lse else ((0,), np.float32),
         "k_codes": ((heads_kv, kv_tiles, d // width, n, width), np.int8),
         "k_scale": ((heads_kv, kv_tiles, KEY_GROUPS), np.float32),
-        "v_codes": ((heads_kv, kv_tiles, n // chunk_keys, d + _row_sum_rows(plan), 16), np.uint8),
+        "v_codes": ((heads_kv, kv_tiles, n // chunk_keys, plan.channels + _row_sum_rows(plan), 16), np.uint8),
         "lost": ((heads_kv, kv_tiles, d), np.uint32),
         "v_offset": ((heads_kv, kv_tiles + 1, d), np.float32),
-        "handovers": ((handovers, d // 2 + 4 + (d + _row_sum_rows(plan)) // 4, 2 * plan.block_m),
+        "handovers": ((handovers, plan.channels // 2 + 4 + (plan.channels + _row_sum_rows(plan)) // 4, 2 * plan.block_m),
                       np.float32),  # struct Handover
     }
 

@@ -27,6 +27,7 @@ class Plan:
     arch: str  #: NVRTC target, for example "sm_90a"
     kernel: str  #: "mma" (mma.sync) or "wgmma"
     head_dim: int  #: padded: 64, 128 or 256
+    channels: int  #: of those, what the kernel computes; the others are 0
     block_m: int  #: query rows of a CTA
     block_n: int  #: keys of a tile
     promote_every: int  #: tiles of a promotion interval
@@ -87,8 +88,8 @@ def kernels(arch: str) -> tuple[str, ...]:
 
 
 def head_dims(kernel: str) -> tuple[int, ...]:
-    """The padded head dimensions that a kernel is written for."""
-    return (64, 128, 256) if KERNELS[kernel][0] == "wgmma" else (64, 128)
+    """The head dimensions that a kernel is compiled for: it computes the first one that is large enough."""
+    return (64, 96, 128, 192, 256) if KERNELS[kernel][0] == "wgmma" else (64, 128)
 
 
 @lru_cache(maxsize=None)
@@ -108,7 +109,8 @@ def make_plan(arch: str, head_dim: int, kernel: str | None = None) -> Plan:
                          f"allowed there: {', '.join(map(repr, allowed))}")
     d = padded_head_dim(head_dim)
     source, v_dtype, p_form = KERNELS[kernel]
-    if d not in head_dims(kernel):
+    channels = next((channels for channels in head_dims(kernel) if head_dim <= channels), None)
+    if channels is None:
         raise ValueError(f"head_dim is {head_dim}; kernel {kernel!r} supports 1 to {head_dims(kernel)[-1]}")
     if source == "mma":
         # 32 rows a warp; 16 where ptxas spills otherwise
@@ -120,7 +122,7 @@ def make_plan(arch: str, head_dim: int, kernel: str | None = None) -> Plan:
     else:
         shape = dict(block_m=128, block_n=128, promote_every=4, num_warps=12, stages=4)
     interval = shape["block_n"] * shape["promote_every"]
-    return Plan(arch, source, d, v_dtype=v_dtype, p_form=p_form, v_max=v_range(interval, v_dtype),
+    return Plan(arch, source, d, channels, v_dtype=v_dtype, p_form=p_form, v_max=v_range(interval, v_dtype),
                 row_sum_unit=row_sum_unit(interval, v_dtype), sample=source == "wgmma", **shape)
 
 

@@ -125,6 +125,8 @@ def test_chosen_problems(kernel, problem):
     Problem(heads_kv=3, group=3, seq_q=300, seq_kv=1700, head_dim=128),
     Problem(batch=3, heads_kv=5, seq_q=150, seq_kv=1025, head_dim=64, kinds=("rising", "rising", "normal")),
     Problem(heads_kv=3, seq_q=333, seq_kv=1900, head_dim=200, kinds=("normal", "spiked rows", "heavy tails")),
+    Problem(heads_kv=3, seq_q=333, seq_kv=1900, head_dim=192, kinds=("rising", "rising", "normal")),
+    Problem(heads_kv=5, seq_q=333, seq_kv=1500, head_dim=96, kinds=("normal", "spiked rows", "heavy tails")),
     Problem(heads_kv=11, seq_q=130, seq_kv=1100, kinds=("not finite", "not finite", "not finite")),
 ], ids=repr)  # fmt: skip
 def test_a_cta_continues_what_another_began(kernel, num_sms, problem, monkeypatch):
@@ -401,7 +403,7 @@ for is_causal, factor in (False, 1), (False, 300), (True, np.nan):
 """
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("tool", ["memcheck", "synccheck"])
 def test_a_sanitizer_finds_nothing(tool, head_dim):
     """`synccheck`: among others, no instruction of `wgmma` where one warp of its warpgroup comes alone."""

@@ -45,7 +45,7 @@ class Variant(NamedTuple):
             ("causal", "CAUSAL"), ("lse", "RETURN_LSE"), ("lse", "WITH_MEAN_DOT"),
             ("bf16", "OUT_BF16"), ("bf16", "IN_BF16")) if value.get(define)]
         form = [launch.P_FORMS[value["P_FORM"]]] if "P_FORM" in value else []
-        return "-".join([self.arch, kernel, *form, "f16" if value["V_F16"] else "e4m3", f"d{value['HEAD_DIM']}",
+        return "-".join([self.arch, kernel, *form, "f16" if value["V_F16"] else "e4m3", f"d{value['CHANNELS']}",
                          f"n{value['BLOCK_N']}", *flags])
 
     @property
@@ -279,7 +279,7 @@ def test_two_ctas_share_an_sm_on_ada(head_dim):
     """65536 registers, given out by 8 a thread; 100 KiB of shared memory, of which a CTA takes 1 for itself."""
     plan = make_plan("sm_89", head_dim, "mma")
     for variant in ATTENTION:
-        if variant.arch == "sm_89" and {("HEAD_DIM", head_dim), ("V_F16", 0)} <= set(variant.defines):
+        if variant.arch == "sm_89" and {("CHANNELS", head_dim), ("V_F16", 0)} <= set(variant.defines):
             used = compiled(variant).resources["attention"]
             registers = -(-used.registers // 8) * 8 * 32 * plan.num_warps
             shared = launch.attention_shared_bytes(plan) + used.shared + 1024

@@ -1,5 +1,7 @@
 """Plans: what an architecture gets, and that its ranges fit the accumulators."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import strategies
@@ -27,6 +29,17 @@ def test_the_default_is_the_first_of_the_kernels(arch):
 @pytest.mark.parametrize("head_dim, padded", [(1, 64), (64, 64), (65, 128), (128, 128), (129, 256), (256, 256)])
 def test_head_dim_is_padded(head_dim, padded):
     assert padded_head_dim(head_dim) == padded
+
+
+@pytest.mark.parametrize("kernel, head_dim, channels", [
+    ("wgmma", 1, 64), ("wgmma", 64, 64), ("wgmma", 65, 96), ("wgmma", 96, 96), ("wgmma", 97, 128), ("wgmma", 129, 192),
+    ("wgmma_fast", 192, 192), ("wgmma_fast", 193, 256), ("mma", 65, 128),
+])  # fmt: skip
+def test_channels_beyond_those_that_are_needed_are_not_computed(kernel, head_dim, channels):
+    """And nothing else of the plan depends on that: the bits are those of the padded head dimension."""
+    plan = make_plan("sm_90a", head_dim, kernel)
+    assert plan.channels == channels <= plan.head_dim
+    assert dataclasses.replace(plan, channels=plan.head_dim) == make_plan("sm_90a", plan.head_dim, kernel)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86"])

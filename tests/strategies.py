@@ -188,7 +188,7 @@ def plans():
 
 def kernel_name(plan):
     """What `kernel` was when the plan was made."""
-    return next(name for name in kernels(plan.arch) if make_plan(plan.arch, plan.head_dim, name) == plan)
+    return next(name for name in kernels(plan.arch) if make_plan(plan.arch, plan.channels, name) == plan)
 
 
 def plan_id(plan):

@@ -1,4 +1,4 @@
-"""Every kernel for every architecture, compiled and read as machine code. No GPU.
+"""The kernels for every architecture, compiled and read as machine code. No GPU.
 
 What is checked: no spills, no local memory, no warnings, the MMA instructions that the plan means and no
 others, and the length of the main loop on Ada. `nvdisasm` comes from PyPI (nvidia-cuda-nvdisasm).
@@ -56,8 +56,14 @@ class Variant(NamedTuple):
         return {"IMMA", "QMMA" if native else "HMMA"}
 
 
-VARIANTS = [Variant(arch, *variant)
-            for arch in ARCHITECTURES for variant in dict.fromkeys(launch.kernel_variants(arch))]
+def variants(arch: str) -> list[Variant]:
+    """Of 96 and 192 channels, which take the way of 128 and 256, a quarter: FP16 with an LSE."""
+    found = [Variant(arch, *variant) for variant in dict.fromkeys(launch.kernel_variants(arch))]
+    return [variant for variant in found if dict(variant.defines)["CHANNELS"] not in (96, 192)
+            or variant.function != "attention" or {("RETURN_LSE", 1), ("OUT_BF16", 0)} <= set(variant.defines)]
+
+
+VARIANTS = [variant for arch in ARCHITECTURES for variant in variants(arch)]
 ATTENTION = [variant for variant in VARIANTS if variant.function == "attention"]
 
 

@@ -6,8 +6,9 @@
 // them. Of the CTAs that contribute to one result (the means of a head, its `v_offset`), the one that arrives last
 // finishes it (`progress.cuh`).
 //
-// Compiled with: HEAD_DIM, CHANNELS (those below it that are computed), BLOCK_M, BLOCK_N, V_F16, V_MAX, ROW_SUM_ROWS (above 0 for `wgmma` alone),
-// ROW_SUM_UNIT, SAMPLE_KEYS, IN_BF16, WITH_MEAN_DOT, SMOOTH_K, ALIGNED (`quantize_defines` in sagepp/launch.py).
+// Compiled with: HEAD_DIM, CHANNELS (of those, what is not 0), BLOCK_M, BLOCK_N, V_F16, V_MAX, ROW_SUM_ROWS (above 0
+// for `wgmma` alone), ROW_SUM_UNIT, SAMPLE_KEYS, IN_BF16, WITH_MEAN_DOT, SMOOTH_K, ALIGNED (`quantize_defines` in
+// sagepp/launch.py).
 
 #include "int8.cuh"
 #include "quantize_v.cuh"
@@ -392,9 +393,9 @@ static __device__ __noinline__ void requantize_v(Shared& shared, Rows rows, int 
 // statistics of head `round + lead` and the codes of head `round`; then the codes of the last `lead` heads; and last,
 // for all heads, the codes of Q, q_ctas a query head.
 //
-// Strides are in elements. The arrays between `progress` and `v_offset` are those of `_workspace` in
-// sagepp/launch.py, which says their shapes; `progress` is 0 at the start, and cleared by the attention kernel; the others are not initialised.
-// `group`: query heads a KV head. CTAs an SM: `_ctas_an_sm` of sagepp/launch.py.
+// Strides are in elements. The arrays between `progress` and `v_offset` are those of `_counters` and `_workspace` in
+// sagepp/launch.py, which says their shapes; `progress` is 0 at the start, and cleared by the attention kernel; the others
+// are not initialised. `group`: query heads a KV head. CTAs an SM: `_ctas_an_sm` of sagepp/launch.py.
 extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) quantize(
     const Half* q, const Half* k, const Half* v, long long q_stride_b, long long q_stride_h,
     long long q_stride_s, long long k_stride_b, long long k_stride_h, long long k_stride_s,

@@ -10,6 +10,7 @@
 
 #include "progress.cuh"
 #include "ptx.cuh"
+#include "q_scales.cuh"
 #include "softmax.cuh"
 
 constexpr int THREADS = NUM_WARPS * 32;
@@ -183,36 +184,55 @@ struct State {
     float l[ROWS] = {};
     float o[M_TILES][CHANNEL_BLOCKS][4] = {};  // channel 8i + 2t, + 1 of rows 2m, 2m + 1
 
-    // Part by part: the scores of the next one are computed while P of this one is formed.
-    __device__ void form_weights(Weights& p, const Operands& tile, float k_scale, int head_dim) const {
+    // Part by part: the scores of the next one are computed while P of this one is formed. Where groups MAY_BE_STEEP,
+    // they are computed then, which spares registers.
+    template <bool MAY_BE_STEEP, class Visible>
+    __device__ void form_weights(Weights& p, const Operands& tile, float k_scale, int head_dim,
+                                 const Visible& visible) const {
         constexpr int PARTS = KEY_BLOCKS / KEY_BLOCKS_AT_ONCE;
         RowMap map[ROWS];
+        int origin[ROWS] = {};
+        if (MAY_BE_STEEP) find_largest(origin, tile, visible);
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) map[r] = RowMap(rows[8 * r], k_scale);
-        unsigned s[2][M_TILES][KEY_BLOCKS_AT_ONCE][4];
-        tile.scores(s[0], 0);
+        for (int r = 0; r < ROWS; ++r) {
+            const RowState row = rows[8 * r];
+            if (MAY_BE_STEEP && is_steep(row.scale, k_scale)) {
+                map[r] = RowMap(row, k_scale, integer_score(origin[r]));
+            } else {
+                map[r] = RowMap(row, k_scale);
+                origin[r] = 0;
+            }
+        }
+        constexpr int AHEAD = MAY_BE_STEEP ? 0 : 1;
+        unsigned s[AHEAD + 1][M_TILES][KEY_BLOCKS_AT_ONCE][4];
+        if (AHEAD) tile.scores(s[0], 0);
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
             scheduling_fence(-part, head_dim);
-            if (part + 1 < PARTS) tile.scores(s[(part + 1) % 2], (part + 1) * KEY_BLOCKS_AT_ONCE);
+            const int next = part + AHEAD;
+            if (next < PARTS) tile.scores(s[next % (AHEAD + 1)], next * KEY_BLOCKS_AT_ONCE);
 #pragma unroll
             for (int i = 0; i < KEY_BLOCKS_AT_ONCE; i += BLOCKS_PER_WORD)
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r) {
                     unsigned score[P_PER_WORD];
 #pragma unroll
-                    for (int e = 0; e < P_PER_WORD; ++e) score[e] = s[part % 2][r / 2][i + e / 2][r % 2 * 2 + e % 2];
+                    for (int e = 0; e < P_PER_WORD; ++e) {
+                        score[e] = s[part % (AHEAD + 1)][r / 2][i + e / 2][r % 2 * 2 + e % 2];
+                        if (MAY_BE_STEEP) score[e] = score_below(score[e], origin[r]);
+                    }
                     p.word(r, (part * KEY_BLOCKS_AT_ONCE + i) / BLOCKS_PER_WORD) = form_p(map[r], score);
                 }
         }
     }
 
-    // Moves the bound of the rows whose `moves` is not 0 to their largest visible score, and brings O and l
-    // to the new bound.
-    __device__ void move_bounds(const unsigned (&moves)[ROWS], const Operands& tile, float k_scale,
-                                const int (&visible)[ROWS]) {
+    // The largest visible scores of the thread's rows, as they arrive; 0, below all of them, where none is visible.
+    template <class Visible>
+    __device__ static void find_largest(int (&largest)[ROWS], const Operands& tile, const Visible& visible) {
         constexpr int COUNT = 4;
-        int largest[ROWS] = {};  // below every score as it arrives
+        int count[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) largest[r] = 0, count[r] = visible(r);
 #pragma unroll 1
         for (int block = 0; block < KEY_BLOCKS; block += COUNT) {
             unsigned s[M_TILES][COUNT][4];
@@ -222,15 +242,23 @@ struct State {
 #pragma unroll
                 for (int e = 0; e < 2 * COUNT; ++e) {
                     int score = s[r / 2][e / 2][r % 2 * 2 + e % 2];
-                    if (2 * block + e < visible[r]) largest[r] = max(largest[r], score);
+                    if (2 * block + e < count[r]) largest[r] = max(largest[r], score);
                 }
         }
+    }
+
+    // Moves the bound of the rows whose `moves` is not 0 to their largest visible score, and brings O and l
+    // to the new bound.
+    template <class Visible>
+    __device__ void move_bounds(const unsigned (&moves)[ROWS], const Operands& tile, float k_scale,
+                                const Visible& visible) {
+        int largest[ROWS];
+        find_largest(largest, tile, visible);
         float bound[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             RowState row = rows[8 * r];
-            int score = largest[r] - static_cast<int>(SCORE_START);
-            bound[r] = tile_bound(score, visible[r] > 0, row.scale, k_scale);
+            bound[r] = tile_bound(integer_score(largest[r]), largest[r] > 0, row.scale, k_scale);
             if (moves[r]) rescale(r, shrink_factor(row.bound, bound[r]));
         }
         __syncwarp();  // a row's four lanes read its bound before they write it
@@ -318,20 +346,16 @@ struct State {
 
     // Steps 4 to 7. `visible(r)`: keys of the thread's group that row r sees; all, unless `masked`.
     template <class Visible>
-    __device__ void step(const Operands& tile, float k_scale, bool first, bool masked, int head_dim,
+    __device__ void step(const Operands& tile, float k_scale, bool first, bool masked, bool may_be_steep, int head_dim,
                          const Visible& visible) {
         Weights p;
         unsigned moves[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) moves[r] = 1;
         for (bool again = first;; again = true) {
-            if (again) {
-                int count[ROWS];
-#pragma unroll
-                for (int r = 0; r < ROWS; ++r) count[r] = visible(r);
-                move_bounds(moves, tile, k_scale, count);
-            }
-            form_weights(p, tile, k_scale, head_dim);
+            if (again) move_bounds(moves, tile, k_scale, visible);
+            if (may_be_steep) form_weights<true>(p, tile, k_scale, head_dim, visible);
+            else form_weights<false>(p, tile, k_scale, head_dim, visible);
             if (masked) {
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r)
@@ -353,8 +377,8 @@ struct State {
 // The loop over the key tiles that the CTA sees.
 __device__ __forceinline__ void add_tiles(State& state, SharedMemory& memory, unsigned shared,
                                           const Problem& problem, const signed char* q_codes,
-                                          const float* q_scale, const signed char* k_codes,
-                                          const float* k_scale, const float* k_scale_max,
+                                          const float* q_scale, const float* largest_q_scales,
+                                          const signed char* k_codes, const float* k_scale, const float* k_scale_max,
                                           const unsigned char* v_codes, int head_dim) {
     const WorkItem item(problem);
     const int lane = threadIdx.x % 32, kv_tile = item.kv_head * problem.num_key_tiles();
@@ -370,10 +394,13 @@ __device__ __forceinline__ void add_tiles(State& state, SharedMemory& memory, un
     };
     copy_to_shared<Q_BYTES>(shared, q_codes + item.q_tile * static_cast<long long>(Q_BYTES));
     for (int tile = 0; tile < STAGES - 1; ++tile) load(tile);
+    const float largest_k_scale = k_scale_max[item.kv_head];
+    const float q_scale_max = largest_q_scale(largest_q_scales, item.head, problem.num_row_blocks(), item.row_block);
+    const bool may_be_steep = is_steep(q_scale_max, largest_k_scale);
     for (int i = threadIdx.x; i < BLOCK_M; i += THREADS) {
         long long row = item.q_tile * static_cast<long long>(BLOCK_M) + i;
         float scale = item.first_row + i < problem.seq_q ? q_scale[row] : 0.0f;
-        memory.rows[i] = {limited_row_scale(scale, k_scale_max[item.kv_head]), minus_infinity()};
+        memory.rows[i] = {limited_row_scale(scale, largest_k_scale), minus_infinity()};
     }
 
     // ldmatrix: matrix lane / 8, row lane % 8. Q: rows 0-7, 8-15 of two chunks; K: two chunks of two key
@@ -393,7 +420,7 @@ __device__ __forceinline__ void add_tiles(State& state, SharedMemory& memory, un
         if (masked && tile * BLOCK_N >= problem.visible_end(here.warp_row() + M_TILES * 16 - 1)) continue;
         const unsigned stage = stage_of(tile);
         state.step({opaque(shared + q_lane), opaque(stage + k_lane), opaque(stage + K_BYTES + v_lane)},
-                   group_scale, tile == 0, masked, head_dim, [&](int r) {
+                   group_scale, tile == 0, masked, may_be_steep, head_dim, [&](int r) {
                        int end = problem.visible_end(WorkItem(problem).warp_row() + 8 * r + lane / 4);
                        return end - tile * BLOCK_N - lane % 4 * (BLOCK_N / 4);
                    });
@@ -455,8 +482,8 @@ __device__ __forceinline__ void write_output(const State& state, const Output& o
 // o: (batch, num_heads_q, seq_q, head_dim) by strides in elements; lse: contiguous. The other buffers are
 // the quantiser's. Row i sees the keys up to i + causal_offset.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS)
-attention(const signed char* q_codes, const float* q_scale, const float* q_mean_dot,
-          const signed char* k_codes, const float* k_scale, const float* k_scale_max,
+attention(const signed char* q_codes, const float* q_scale, const float* largest_q_scales,
+          const float* q_mean_dot, const signed char* k_codes, const float* k_scale, const float* k_scale_max,
           const unsigned char* v_codes, const float* v_scale, const float* v_offset, void* o, float* lse,
           long long o_stride_b, long long o_stride_h, long long o_stride_s, int batch, int num_heads_q,
           int num_heads_kv, int seq_q, int seq_kv, int head_dim, int causal_offset, float sm_scale,
@@ -469,7 +496,8 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
     if (blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0)
         clear(progress, batch * num_heads_kv, threadIdx.x, THREADS);
     State state{memory.rows + warp * M_TILES * 16 + lane / 4};
-    add_tiles(state, memory, shared, problem, q_codes, q_scale, k_codes, k_scale, k_scale_max, v_codes, head_dim);
+    add_tiles(state, memory, shared, problem, q_codes, q_scale, largest_q_scales, k_codes, k_scale, k_scale_max,
+              v_codes, head_dim);
     __syncthreads();  // the operands make way for the output
 
     const WorkItem item(problem);

@@ -13,6 +13,7 @@
 
 #include "output.cuh"
 #include "progress.cuh"
+#include "q_scales.cuh"
 #include "schedule.cuh"
 #include "wgmma.cuh"
 
@@ -91,10 +92,10 @@ __device__ __forceinline__ unsigned barrier(unsigned shared, int which) {
 
 // `part`s are written to shared memory and read from there: a producer thread has few registers.
 __device__ __forceinline__ void produce(unsigned shared, const signed char* q_codes, const float* q_scale,
-                                        const float* q_mean_dot, const signed char* k_codes, const float* k_scale,
-                                        const float* k_scale_max, const unsigned char* v_codes, const float* v_scale,
-                                        const float* v_offset, const Problem& problem, unsigned* ticket,
-                                        unsigned* arrivals) {
+                                        const float* largest_q_scales, const float* q_mean_dot,
+                                        const signed char* k_codes, const float* k_scale, const float* k_scale_max,
+                                        const unsigned char* v_codes, const float* v_scale, const float* v_offset,
+                                        const Problem& problem, unsigned* ticket, unsigned* arrivals) {
     RingPosition<STAGES> ring;
     for (int n = 0;; ++n) {
         const int buffer = n % Q_BUFFERS;
@@ -122,8 +123,11 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
         const int key_tiles = problem.num_key_tiles();
         const long long kv_head = part.item.kv_head, q_head = part.item.head;
         destination.k_scale_max = k_scale_max[kv_head];
+        const int row_blocks = problem.num_row_blocks();
+        const float row_scale = largest_q_scale(largest_q_scales, q_head, row_blocks, part.item.row_block);
+        if (is_steep(row_scale, k_scale_max[kv_head])) part.item.num_plain_tiles = 0;  // the other tiles look for it
         mbarrier_arrive_expect_bytes(q_full, Q_BYTES + 4 * ((1 + RETURN_LSE) * BLOCK_M + 2 * HEAD_DIM));
-        const long long q_tile = q_head * problem.num_row_blocks() + part.item.row_block;
+        const long long q_tile = q_head * row_blocks + part.item.row_block;
         if (RETURN_LSE)
             bulk_copy(shared_address(destination.q_mean_dot), q_mean_dot + q_tile * BLOCK_M, 4 * BLOCK_M, q_full);
         bulk_copy(shared + buffer * Q_BYTES, q_codes + q_tile * Q_BYTES, Q_BYTES, q_full);
@@ -173,6 +177,14 @@ __device__ __forceinline__ int largest_score(const unsigned (&s)[8 * WORDS], int
         for (int e = 0; e < 4; ++e)
             largest[i % CHAINS] = max(largest[i % CHAINS], static_cast<int>(s[score_index(i, r, e)]));
     return max(largest[0], largest[1]);
+}
+
+// Scores of a row less `origin`.
+__device__ __forceinline__ void subtract_scores(unsigned (&s)[8 * WORDS], int r, unsigned origin) {
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[score_index(i, r, e)] = score_below(s[score_index(i, r, e)], origin);
 }
 
 // P of one row.
@@ -319,27 +331,36 @@ struct Consumer {
     }
 
     // Steps 5 and 6 for `tile`. `sees[r]`: row r sees keys of the thread's group. Where a bound moves, what was summed
-    // before it follows by `follow_bounds`, after a wait that all warps share: P V of the tile before is still under way, and
-    // no instruction of `wgmma`, a wait neither, may be where one warp comes alone (the PTX ISA leaves it undefined).
+    // before it follows by `follow_bounds`, after a wait that all warps share: P V of the tile before is still under way,
+    // and no instruction of `wgmma`, a wait neither, may be where one warp comes alone (the PTX ISA leaves it undefined).
+    template <bool MAY_BE_STEEP>
     __device__ void softmax(unsigned (&p)[2 * WORDS], int tile, const bool (&sees)[2]) {
         RowMap map[2] = {RowMap(row[0], k_scale), RowMap(row[1], k_scale)};
         int largest[2];
-        bool moves[2];
+        bool moves[2], steep[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             largest[r] = largest_score(s, r);
             moves[r] = sees[r] && map[r].reaches_limit(largest[r]);
+            steep[r] = MAY_BE_STEEP && is_steep(row[r].scale, k_scale);
         }
-        moved = __any_sync(FULL_MASK, moves[0] || moves[1]);
+        moved = __any_sync(FULL_MASK, moves[0] || moves[1] || steep[0] || steep[1]);
         if (__builtin_expect(moved, 0)) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                float bound = tile_bound(largest[r] - static_cast<int>(SCORE_START), sees[r], row[r].scale, k_scale);
+                const int score = integer_score(largest[r]);
+                if (steep[r]) {
+                    map[r] = RowMap(row[r], k_scale, score);
+                    moves[r] = sees[r] && map[r].reaches_limit(0);
+                }
+                float bound = tile_bound(score, sees[r], row[r].scale, k_scale);
                 alpha[r] = 1.0f;
-                if (!quad_or(moves[r])) continue;
-                alpha[r] = shrink_factor(row[r].bound, bound);
-                row[r].bound = bound;
-                map[r] = RowMap(row[r], k_scale);
+                if (quad_or(moves[r])) {
+                    alpha[r] = shrink_factor(row[r].bound, bound);
+                    row[r].bound = bound;
+                    map[r] = steep[r] ? RowMap(row[r], k_scale, score) : RowMap(row[r], k_scale);
+                }
+                if (MAY_BE_STEEP && __any_sync(FULL_MASK, steep[r])) subtract_scores(s, r, steep[r] ? largest[r] : 0);
             }
             moved = tile > 0;
         }
@@ -376,7 +397,7 @@ struct Consumer {
                     if (i >= visible[r]) s[score_index(i / 4, r, i % 4)] = 0;
             }
         }
-        softmax(p, tile, {visible[0] > 0, visible[1] > 0});
+        softmax<true>(p, tile, {visible[0] > 0, visible[1] > 0});
         if (!masked) return;
 #pragma unroll
         for (int r = 0; r < 2; ++r)
@@ -405,7 +426,7 @@ struct Consumer {
             add_values(p, last, true);
         wgmma_wait<1>();
         if (I + 1 < UNROLLED) await_tile();
-        softmax(next_p, first + I, {true, true});
+        softmax<false>(next_p, first + I, {true, true});
         if constexpr (I + 1 < UNROLLED) {
             int next = start_scores();
             wgmma_wait<1>();
@@ -558,9 +579,9 @@ __device__ __forceinline__ void consume(unsigned shared, const Output& out, cons
 }
 
 extern "C" __global__ void __launch_bounds__(128 + CONSUMER_THREADS, 1)
-attention(const signed char* q_codes, const float* q_scale, const float* q_mean_dot, const signed char* k_codes,
-          const float* k_scale, const float* k_scale_max, const unsigned char* v_codes, const float* v_scale,
-          const float* v_offset, void* o, float* lse, long long o_stride_b, long long o_stride_h,
+attention(const signed char* q_codes, const float* q_scale, const float* largest_q_scales, const float* q_mean_dot,
+          const signed char* k_codes, const float* k_scale, const float* k_scale_max, const unsigned char* v_codes,
+          const float* v_scale, const float* v_offset, void* o, float* lse, long long o_stride_b, long long o_stride_h,
           long long o_stride_s, int batch, int num_heads_q, int num_heads_kv, int seq_q, int seq_kv,
           int head_dim, int causal_offset, float sm_scale, Progress* progress, unsigned* ticket, Handover* handovers,
           unsigned* arrivals, int shared_items) {
@@ -588,8 +609,8 @@ attention(const signed char* q_codes, const float* q_scale, const float* q_mean_
             clear(progress, batch * num_heads_kv, threadIdx.x - 32, 96);
         }
         if (threadIdx.x < 32 && elect_one())
-            produce(shared, q_codes, q_scale, q_mean_dot, k_codes, k_scale, k_scale_max, v_codes, v_scale, v_offset,
-                    problem, ticket, arrivals);
+            produce(shared, q_codes, q_scale, largest_q_scales, q_mean_dot, k_codes, k_scale, k_scale_max, v_codes,
+                    v_scale, v_offset, problem, ticket, arrivals);
     } else {
         registers_raise<CONSUMER_REGISTERS>();
         Output out{o, lse, o_stride_b, o_stride_h, o_stride_s, head_dim};

@@ -11,6 +11,7 @@
 // sagepp/launch.py).
 
 #include "int8.cuh"
+#include "q_scales.cuh"
 #include "quantize_v.cuh"
 #include "statistics.cuh"
 
@@ -21,7 +22,6 @@ constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;  // bytes of a row of cod
 constexpr int ROW_THREADS = HEAD_DIM < 128 ? 2 : 4;
 constexpr int WARP_ROWS = 32 / ROW_THREADS;
 constexpr int BLOCKS = HEAD_DIM / (ROTATION * ROW_THREADS);
-constexpr int Q_CTA_ROWS = HEAD_DIM > 128 ? 64 : 128;
 constexpr int PASS_ROWS = THREADS / ROW_THREADS, PASSES = Q_CTA_ROWS / PASS_ROWS;
 
 // K, a CTA for a tile: warps that share a key group, key groups of a pass, passes.
@@ -162,11 +162,11 @@ template <class Pass> __device__ __forceinline__ void copy_rows(Pass& pass, cons
 }
 
 // Rows first_row ... first_row + Q_CTA_ROWS - 1 of one head of Q, as far as there are; rows from seq_q on are 0.
-// codes: [row block][panel][BLOCK_M][PANEL]; scale (q_scale), mean_dot: [padded_rows].
+// codes: [row block][panel][BLOCK_M][PANEL]; scale (q_scale), mean_dot: [padded_rows]; scale_max: of these rows.
 __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int seq_q, int padded_rows,
                                            int first_row, const unsigned& statistics, int done, const float* k_mean,
                                            const Factor* q_factor, signed char* codes, float* scale,
-                                           float* mean_dot, float softmax_scale) {
+                                           float& scale_max, float* mean_dot, float softmax_scale) {
     const auto copy_pass = [&](int pass) {
         copy_rows(shared.passes[pass], rows, first_row + pass * PASS_ROWS + threadIdx.x / 32 * WARP_ROWS, seq_q);
     };
@@ -183,12 +183,15 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
         shared.factor.load(vector, x.factor);
         return x;
     };
+    __shared__ int largest_scale;  // as a float; none is negative, so they are ordered as integers are
+    if (threadIdx.x == 0) largest_scale = 0;
+    float largest_of_thread = 0.0f;
     cp_async_wait<PASSES - 1>();
     __syncthreads();
 #pragma unroll 1  // the code of all roles should fit the instruction cache
     for (int pass = 0; pass < PASSES; ++pass) {
         const int row = first_row + pass * PASS_ROWS + threadIdx.x / ROW_THREADS;
-        if (row - warp_row() >= padded_rows) return;
+        if (row - warp_row() >= padded_rows) break;
         if (pass > 0) {
             cp_async_wait<0>();
             __syncwarp();
@@ -238,6 +241,7 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
         }
         const Pair inverse = int8_inverse(amax);
         const float row_scale = __fmul_rn(__fmul_rn(int8_scale(amax, inverse), unscale), softmax_scale);
+        largest_of_thread = fmaxf(largest_of_thread, row_scale);
         if (WITH_MEAN_DOT) {
 #pragma unroll
             for (int half = BLOCKS / 2; half > 0; half /= 2) {
@@ -256,6 +260,10 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
             if (WITH_MEAN_DOT) mean_dot[row] = dot[0];
         }
     }
+    const float largest_of_rows = largest_of_warp(largest_of_thread);
+    if (threadIdx.x % 32 == 0) atomicMax(&largest_scale, __float_as_int(largest_of_rows));
+    __syncthreads();
+    if (threadIdx.x == 0) scale_max = __int_as_float(largest_scale);
 }
 
 // Codes of a tile of K.
@@ -401,16 +409,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
     long long q_stride_s, long long k_stride_b, long long k_stride_h, long long k_stride_s,
     long long v_stride_b, long long v_stride_h, long long v_stride_s, Progress* progress,
     ChunkStatistics* chunks, float* k_mean, Factor* k_factor, Factor* k_addend, Factor* q_factor, float* v_mean,
-    float* v_inverse, float* v_scale, signed char* q_codes, float* q_scale, float* q_mean_dot, signed char* k_codes,
-    float* k_scale, float* k_scale_max, unsigned char* v_codes, unsigned* lost, float* v_offset, int batch,
-    int num_heads_q, int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale, int lead) {
+    float* v_inverse, float* v_scale, signed char* q_codes, float* q_scale, float* largest_q_scales, float* q_mean_dot,
+    signed char* k_codes, float* k_scale, float* k_scale_max, unsigned char* v_codes, unsigned* lost, float* v_offset,
+    int batch, int num_heads_q, int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale,
+    int lead) {
     __shared__ Shared shared;
     let_next_kernel_start();
     const Keys keys(seq_kv, true);
     const unsigned statistics_ctas = 2 * keys.chunks;
     const int num_tiles = ceil_div(seq_kv, BLOCK_N), padded_rows = ceil_div(seq_q, BLOCK_M) * BLOCK_M;
     const unsigned v_ctas = num_tiles * V_CTAS, code_ctas = v_ctas + num_tiles;
-    const unsigned q_ctas = ceil_div(padded_rows, Q_CTA_ROWS), heads = batch * num_heads_kv;
+    const unsigned q_ctas = ::q_ctas(padded_rows / BLOCK_M), heads = batch * num_heads_kv;
 
     // Becomes the number of the CTA among those of its kind of `head`.
     unsigned index = blockIdx.x, head = 0;
@@ -454,10 +463,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) qu
     } else if (is_q) {
         const int q_head = h * group + index / q_ctas;
         const Rows rows(q, b, q_head, q_stride_b, q_stride_h, q_stride_s, head_dim);
-        const long long row = (static_cast<long long>(b) * num_heads_q + q_head) * padded_rows;
-        quantize_q(shared, rows, seq_q, padded_rows, index % q_ctas * Q_CTA_ROWS, done.statistics[0], keys.done(),
-                   k_mean + channels, q_factor + channels, q_codes + row * HEAD_DIM, q_scale + row, q_mean_dot + row,
-                   softmax_scale);
+        const long long batch_head = static_cast<long long>(b) * num_heads_q + q_head, row = batch_head * padded_rows;
+        const int cta = index % q_ctas;
+        quantize_q(shared, rows, seq_q, padded_rows, cta * Q_CTA_ROWS, done.statistics[0], keys.done(),
+                   k_mean + channels, q_factor + channels, q_codes + row * HEAD_DIM, q_scale + row,
+                   largest_q_scales[batch_head * q_ctas + cta], q_mean_dot + row, softmax_scale);
     } else if (index < v_ctas) {
         const Rows rows(v, b, h, v_stride_b, v_stride_h, v_stride_s, head_dim);
         const long long tile = index / V_CTAS, first_tile = static_cast<long long>(head) * num_tiles;

@@ -176,10 +176,12 @@ __device__ __forceinline__ bool quantize_v(VRows& v, VSums& sums, const Rows& ro
     return exceeds;
 }
 
-// v_offset[n] of a head for n = 0 ... num_tiles: a thread takes 4 channels and a range of the tiles.
+// v_offset[n] of a head for n = 0 ... num_tiles: a thread takes 4 channels and a range of the tiles. A call, because it
+// takes many registers, once a head.
 // lost: [num_tiles][HEAD_DIM]; v_offset: [num_tiles + 1][HEAD_DIM].
-__device__ __forceinline__ void finish_v_offset(VRangeSums& range_sums, const unsigned* lost, int num_tiles, int seq_kv,
-                                                const float* v_mean, const float* v_scale, float* v_offset) {
+static __device__ __noinline__ void finish_v_offset(VRangeSums& range_sums, const unsigned* lost, int num_tiles,
+                                                    int seq_kv, const float* v_mean, const float* v_scale,
+                                                    float* v_offset) {
     constexpr int WIDTH = HEAD_DIM / 4, RANGES = THREADS / WIDTH;
     const int thread = threadIdx.x % WIDTH, range = threadIdx.x / WIDTH, range_tiles = ceil_div(num_tiles, RANGES);
     const int begin = range * range_tiles, end = min(begin + range_tiles, num_tiles);
@@ -192,23 +194,33 @@ __device__ __forceinline__ void finish_v_offset(VRangeSums& range_sums, const un
     const float4 scale = __ldcg(reinterpret_cast<const float4*>(v_scale) + thread);
     const uint4* in = reinterpret_cast<const uint4*>(lost) + thread;
     const auto add = [](uint4& sum, uint4 x) { sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w; };
+    constexpr int AT_ONCE = HEAD_DIM > 128 ? 16 : 8;  // loads that are under way
+    const auto for_each_tile = [&](auto f) {  // f(tile, its `lost`)
+        for (int first = begin; first < end; first += AT_ONCE) {
+            uint4 x[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i)
+                if (first + i < end) x[i] = __ldcg(in + static_cast<long long>(first + i) * WIDTH);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i)
+                if (first + i < end) f(first + i, x[i]);
+        }
+    };
     uint4 sum = {};
-#pragma unroll 8
-    for (int tile = begin; tile < end; ++tile) add(sum, __ldcg(in + static_cast<long long>(tile) * WIDTH));
+    for_each_tile([&](int, uint4 x) { add(sum, x); });
     range_sums[threadIdx.x] = sum;
     __syncthreads();
     sum = {};
     for (int i = 0; i < range; ++i) add(sum, range_sums[i * WIDTH + thread]);
-#pragma unroll 4
-    for (int tile = begin; tile < end; ++tile) {
-        add(sum, __ldcg(in + static_cast<long long>(tile) * WIDTH));
+    for_each_tile([&](int tile, uint4 x) {
+        add(sum, x);
         const int keys = static_cast<int>(min((tile + 1LL) * BLOCK_N, static_cast<long long>(seq_kv)));
-        const float unit = __fmul_rn(LOST_UNIT, __int2float_rn(keys));
+        const float unit = __fdiv_rn(1.0f, __fmul_rn(LOST_UNIT, __int2float_rn(keys)));
         const auto offset = [=](float scale, unsigned lost, float mean) {
-            return __fmaf_rn(__fdiv_rn(scale, unit), __int2float_rn(static_cast<int>(lost)), mean);
+            return __fmaf_rn(__fmul_rn(scale, unit), __int2float_rn(static_cast<int>(lost)), mean);
         };
         out[(tile + 1LL) * WIDTH] = make_float4(offset(scale.x, sum.x, mean.x), offset(scale.y, sum.y, mean.y),
                                                 offset(scale.z, sum.z, mean.z), offset(scale.w, sum.w, mean.w));
-    }
+    });
 #endif
 }

@@ -21,6 +21,7 @@ constexpr unsigned SCORE_START = START_BY_PRODUCT ? 32 * 255 * 255 : LINEAR ? 1 
 constexpr float STEPS_PER_OCTAVE = P_FORM == CODE ? 8.0f : 1024.0f;
 constexpr float STEPS_AT_BOUND = P_FORM == CODE ? 8 * (AIM + 7) : 1024 * (AIM + 14) - 51;
 constexpr int STEPS_AT_LIMIT = P_FORM == CODE ? 112 : 21400;  // the first whose P is E4M3 code 112 or more
+constexpr float UNIT = 0x1p-149f;  // a denormal is an integer in this unit
 constexpr unsigned FULL_MASK = 0xFFFFFFFFu;
 constexpr int P_PER_WORD = V_F16 ? 2 : 4;
 constexpr int P_BITS = 32 / P_PER_WORD;
@@ -37,8 +38,13 @@ struct RowState {
 };
 
 __device__ __forceinline__ float limited_row_scale(float q_scale, float k_scale_max) {
-    float limit = fminf(__fdiv_rn(0.25f, k_scale_max), 3.40282347e38f);
+    float limit = fminf(__fdiv_rn(0x1p90f, k_scale_max), 3.40282347e38f);
     return q_scale > limit ? limit : q_scale;  // a NaN stays
+}
+
+// Whether a key group is steep for a row: P is then formed from the differences to the group's largest score.
+__device__ __forceinline__ bool is_steep(float row_scale, float k_scale) {
+    return __fmul_rn(row_scale, k_scale) > 0.25f;
 }
 
 // ---- step 6: P ---------------------------------------------------------------------------------
@@ -54,14 +60,21 @@ __device__ __forceinline__ float score_factor(float row_scale, float k_scale) {
     return __fmul_rn(start_steps(row_scale, k_scale), 1.0f / SCORE_START);
 }
 
-// P of a score s is formed from fma(float(s), a, b).
+// A score without SCORE_START.
+__device__ __forceinline__ int integer_score(int arrived) { return arrived - static_cast<int>(SCORE_START); }
+
+// The factor times the score, which the bound is compared with.
+__device__ __forceinline__ float scaled_score(int score, float row_scale, float k_scale) {
+    return __fmul_ru(__int2float_rn(score), score_factor(row_scale, k_scale));
+}
+
+// P of a score s is formed from fma(float(s), a, b); in a steep group, s is `score_below` the largest one.
 struct RowMap {
     float a, b;
 
     RowMap() = default;
     __device__ RowMap(const RowState& row, float k_scale) : a(score_factor(row.scale, k_scale)) {
         if (LINEAR) {
-            const float UNIT = __int_as_float(1);  // 2**-149: a denormal is an integer in this unit
             b = __fsub_rn(__fsub_rn(STEPS_AT_BOUND, row.bound), start_steps(row.scale, k_scale));
             b = __fmul_rn(b, UNIT);
         } else {
@@ -69,6 +82,11 @@ struct RowMap {
         }
     }
 
+    // Of a steep group.
+    __device__ RowMap(const RowState& row, float k_scale, int largest) : a(score_factor(row.scale, k_scale)) {
+        b = __fsub_rn(scaled_score(largest, row.scale, k_scale), row.bound);
+        b = LINEAR ? __fmul_rn(__fadd_rn(STEPS_AT_BOUND, b), UNIT) : __fadd_rn(float(AIM), b);
+    }
 
     __device__ float operator()(unsigned score) const { return __fmaf_rn(__uint_as_float(score), a, b); }
 
@@ -78,6 +96,11 @@ struct RowMap {
         return LINEAR ? __float_as_int(x) >= STEPS_AT_LIMIT : !(x < LIMIT_LOG2);
     }
 };
+
+// A score as it arrives, less `origin`: the largest one, or 0. Exact.
+__device__ __forceinline__ unsigned score_below(unsigned score, unsigned origin) {
+    return __float_as_uint(__fsub_rn(__uint_as_float(score), __uint_as_float(origin)));
+}
 
 // Of two scores, as halves of a word.
 __device__ __forceinline__ unsigned steps_pair(const RowMap& map, unsigned s0, unsigned s1) {
@@ -131,8 +154,7 @@ __device__ __forceinline__ float quad_max(float x) {
 // The bound that a tile asks for: `largest` is the thread's largest visible score, if it sees any. All four
 // threads of the quad call this.
 __device__ __forceinline__ float tile_bound(int largest, bool any_visible, float row_scale, float k_scale) {
-    float score = __int2float_rn(largest);
-    float bound = fmaxf(minus_infinity(), __fmul_ru(score, score_factor(row_scale, k_scale)));  // drops NaN
+    float bound = fmaxf(minus_infinity(), scaled_score(largest, row_scale, k_scale));  // drops NaN
     bound = quad_max(any_visible ? bound : minus_infinity());
     return LINEAR ? ceilf(bound) : bound;
 }

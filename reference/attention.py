@@ -13,7 +13,7 @@ from .p_forms import FORMS
 
 NEGATIVE_INFINITY = np.float32(-np.inf)
 LN2 = np.float32(np.log(2))
-ROW_SCALE_STEP = np.float32(0.25)  # largest step of a score, in log2
+LARGEST_STEP = np.float32(2**90)  # of a score, in log2: times any score it is finite
 FP32_MAX = np.finfo(np.float32).max
 
 P_LIMIT = {"e4m3": np.float32(128), "f16": np.float32(2)}
@@ -143,7 +143,7 @@ def attend(problem, head_dim, dtype):
 
 def limit_row_scale(q_scale, k_scale_max):
     with np.errstate(divide="ignore", over="ignore"):
-        limit = np.minimum(ROW_SCALE_STEP / k_scale_max, FP32_MAX)
+        limit = np.minimum(LARGEST_STEP / k_scale_max, FP32_MAX)
         return np.where(q_scale > limit, limit, q_scale)
 
 
@@ -158,21 +158,23 @@ def softmax(state, problem, row_scale, tile, rows):
     scores = dot(q_codes, k_codes.T, exact_parts)
     visible = visible_keys(problem, tile, rows)
     a = row_scale[:, rows, None] * problem.k.scale[tile]
+    top = largest_scores(scores, visible)
     bound = state.bound[:, rows]
 
     if tile == 0:  # the first that any row sees
         moved = np.ones(bound.shape, bool)
         p = np.empty(scores.shape, np.float32)
     else:
-        p = np.where(visible, form.p(scores, a, bound, plan, exact_parts), np.float32(0))
+        p = np.where(visible, form.p(scores, a, top, bound, plan, exact_parts), np.float32(0))
         moved = reached_limit(p, plan)
     if moved.any():
         row_visible = np.broadcast_to(visible, scores.shape)[moved]
-        new = row_bound(scores[moved], a[moved], row_visible, plan)
+        new = row_bound(top[moved], a[moved], plan)
         change = (bound[moved] - new) / form.steps_per_octave
         alpha = np.zeros(new.shape, np.float32) if tile == 0 else special.ex2(change)
         bound[moved] = new
-        p[moved] = np.where(row_visible, form.p(scores[moved], a[moved], new, plan, exact_parts), np.float32(0))
+        moved_p = form.p(scores[moved], a[moved], top[moved], new, plan, exact_parts)
+        p[moved] = np.where(row_visible, moved_p, np.float32(0))
         total, partial = state.total[:, rows], state.partial[:, rows]
         total[moved] *= alpha[:, None]
         partial[moved] = shrink(partial[moved], alpha[:, None], exact_parts)
@@ -201,10 +203,14 @@ def reached_limit(p, plan):
     return (top >= P_LIMIT[plan.v_dtype]) | (np.isnan(top) & (plan.v_dtype == "e4m3"))
 
 
-def row_bound(scores, a, visible, plan):
-    """The new bound of rows (n, block_n), a (n, 4): not below any visible score."""
-    groups = np.where(visible, scores, NEGATIVE_INFINITY).reshape(len(scores), quantize.KEY_GROUPS, -1)
-    top = groups.max(axis=-1)
+def largest_scores(scores, visible):
+    """(..., KEY_GROUPS): the largest visible score of each key group, -inf where none is."""
+    groups = np.where(visible, scores, NEGATIVE_INFINITY)
+    return groups.reshape(*scores.shape[:-1], quantize.KEY_GROUPS, -1).max(axis=-1)
+
+
+def row_bound(top, a, plan):
+    """The new bound of rows, of the largest visible scores of their key groups and a, both (n, KEY_GROUPS)."""
     form = FORMS[plan.p_form]
     scaled = np.where(np.isneginf(top), top, formats.mul_ru(top, form.factor(a, plan)))
     return form.round_bound(np.fmax.reduce(scaled, axis=-1, initial=NEGATIVE_INFINITY))

@@ -1,7 +1,8 @@
 """How P is formed from integer scores, and the bounds that this needs: steps 5 and 6 of docs/numerics.md.
 
-A form works on scores (..., block_n), the scales `a` (..., KEY_GROUPS) of their key groups and the bounds (...)
-of their rows. Bounds are in units of 1 / `steps_per_octave` of log2 P.
+A form works on scores (..., block_n), the scales `a` (..., KEY_GROUPS) of their key groups, the largest visible score
+`top` (..., KEY_GROUPS) of each (-inf where none is), and the bounds (...) of their rows. Bounds are in units of
+1 / `steps_per_octave` of log2 P.
 """
 
 import numpy as np
@@ -16,8 +17,25 @@ def score_start(head_dim):
     return np.float32(32 * 255 * 255 if head_dim <= 128 else 1 << 22)
 
 
+STEEP = np.float32(0.25)  # a step of the score, in log2, beyond which scores are counted from the largest
+
+
 def _per_key(x, scores):
     return np.repeat(x, scores.shape[-1] // quantize.KEY_GROUPS, axis=-1)
+
+
+def _from_top(arriving, b, scores, a, top, factor, bound, at_bound):
+    """`arriving`, what the factor multiplies, and `b`, which is added: of steep groups, counted from the largest score.
+
+    What is added is exact then, as it is log2 P of that score.
+    """
+    steep = a > STEEP
+    if not steep.any():
+        return arriving, b
+    top = np.where(np.isneginf(top), np.float32(0), top)  # no key is visible, and P does not count
+    at_top = at_bound + (formats.mul_ru(top, factor) - bound[..., None])
+    below = scores - _per_key(top, scores)
+    return np.where(_per_key(steep, scores), below, arriving), np.where(steep, at_top, b)
 
 
 class Ex2:
@@ -33,14 +51,15 @@ class Ex2:
     def round_bound(self, bound):
         return bound
 
-    def p(self, scores, a, bound, plan, exact_parts=frozenset()):
+    def p(self, scores, a, top, bound, plan, exact_parts=frozenset()):
         """P as float32 values of its type."""
         above = formats.add_rd(np.float32(plan.aim), -bound)[..., None]
         if "qk" in exact_parts:  # the scores are no integers: no magic number
             argument = formats.fma(scores, _per_key(a, scores), above)
         else:
             b = formats.add_rd(above, -formats.mul_ru(SCORE_MAGIC, a))
-            argument = formats.fma(SCORE_MAGIC + scores, _per_key(a, scores), _per_key(b, scores))
+            arriving, b = _from_top(SCORE_MAGIC + scores, b, scores, a, top, a, bound, np.float32(plan.aim))
+            argument = formats.fma(arriving, _per_key(a, scores), _per_key(b, scores))
         p = special.ex2(argument)
         if "p" in exact_parts:
             return p
@@ -66,16 +85,18 @@ class Linear:
     def round_bound(self, bound):
         return np.ceil(bound)
 
-    def steps(self, scores, a, bound, plan):
+    def steps(self, scores, a, top, bound, plan):
         """log2 P in steps. The FMA rounds once: float64 holds it exactly, and what is clipped may be off."""
         at_bound = np.float32(plan.aim * self.steps_per_octave + self.steps_at_one)
+        factor = self.factor(a, plan)
         b = (at_bound - bound[..., None]) - self._start_steps(a, plan)
-        factor, b = (_per_key(x.astype(np.float64), scores) for x in (self.factor(a, plan), b))
-        steps = np.rint(factor * (float(score_start(plan.head_dim)) + scores) + b)
+        arriving, b = _from_top(score_start(plan.head_dim) + scores, b, scores, a, top, factor, bound, at_bound)
+        factor, b = (_per_key(x.astype(np.float64), scores) for x in (factor, np.rint(b)))
+        steps = np.rint(factor * arriving + b)
         return np.where(np.isnan(steps), self.max_steps, np.clip(steps, 0, self.max_steps)).astype(np.int32)
 
-    def p(self, scores, a, bound, plan, exact_parts=frozenset()):
-        return formats.from_e4m3(self.codes(self.steps(scores, a, bound, plan)))
+    def p(self, scores, a, top, bound, plan, exact_parts=frozenset()):
+        return formats.from_e4m3(self.codes(self.steps(scores, a, top, bound, plan)))
 
 
 class Code(Linear):

@@ -379,6 +379,6 @@ def v_offset(y, quantized, v_mean, seq_kv, plan):
     lost = formats.to_int_rn((y - quantized.values()) * LOST_UNIT)
     lost = np.cumsum(lost.sum(axis=-2, dtype=np.int32), axis=-2, dtype=np.int32)
     keys = np.minimum(np.arange(1, n_tiles + 1) * plan.block_n, seq_kv).astype(np.float32)
-    share = quantized.scale[..., None, :] / (LOST_UNIT * keys[:, None])
+    share = quantized.scale[..., None, :] * (np.float32(1) / (LOST_UNIT * keys[:, None]))
     offset[..., 1:, :] = formats.fma(share, lost.astype(np.float32), v_mean[..., None, :])
     return offset

@@ -39,9 +39,9 @@ QUANTIZE_WARPS = 4  #: of a CTA of `quantize`
 _PARAMETERS = {
     "quantize": """q k v q_stride_b q_stride_h q_stride_s k_stride_b k_stride_h k_stride_s v_stride_b
         v_stride_h v_stride_s progress chunks k_mean k_factor k_addend q_factor v_mean v_inverse v_scale
-        q_codes q_scale q_mean_dot k_codes k_scale k_scale_max v_codes lost v_offset batch num_heads_q num_heads_kv
-        group seq_q seq_kv head_dim softmax_scale lead""",
-    "attention_mma": """q_codes q_scale q_mean_dot k_codes k_scale k_scale_max v_codes v_scale v_offset
+        q_codes q_scale largest_q_scales q_mean_dot k_codes k_scale k_scale_max v_codes lost v_offset batch num_heads_q
+        num_heads_kv group seq_q seq_kv head_dim softmax_scale lead""",
+    "attention_mma": """q_codes q_scale largest_q_scales q_mean_dot k_codes k_scale k_scale_max v_codes v_scale v_offset
         o lse o_stride_b o_stride_h o_stride_s batch num_heads_q num_heads_kv seq_q seq_kv head_dim
         causal_offset sm_scale progress""",
 }
@@ -197,6 +197,7 @@ def _workspace(geometry: Geometry, plan: Plan, handovers: int) -> _Arrays:
         "k_scale_max": ((heads_kv,), np.float32),
         "q_codes": ((heads_q, q_tiles, d // width, plan.block_m, width), np.int8),
         "q_scale": rows,
+        "largest_q_scales": ((heads_q, -(-q_tiles * plan.block_m // _q_cta_rows(plan))), np.float32),
         "q_mean_dot": rows if geometry.return_lse else ((0,), np.float32),
         "k_codes": ((heads_kv, kv_tiles, d // width, n, width), np.int8),
         "k_scale": ((heads_kv, kv_tiles, KEY_GROUPS), np.float32),

@@ -107,6 +107,11 @@ def test_output_and_lse_are_those_of_the_reference(kernel, shard):
     Problem(seq_q=130, seq_kv=257, dtype="bfloat16", kinds=("largest",) * 3),
     Problem(seq_q=130, seq_kv=257, dtype="bfloat16", kinds=("subnormal",) * 3),
     Problem(seq_q=130, seq_kv=257, kinds=("zeros",) * 3),
+    # steep key groups, which some rows do not see
+    Problem(seq_q=257, seq_kv=700, kinds=("spiked rows", "spiked rows", "normal"), is_causal=True),
+    Problem(group=2, seq_q=400, seq_kv=1200, head_dim=128, kinds=("normal", "late", "normal"), is_causal=True,
+            causal_alignment="top-left", sm_scale=3.0),
+    Problem(seq_q=100, seq_kv=1100, head_dim=250, dtype="bfloat16", kinds=("any bits", "any bits", "normal")),
     # a group of K whose scale is NaN, and rows that do not see it
     Problem(group=2, seq_q=22, seq_kv=1024, head_dim=63, dtype="bfloat16", kinds=("normal", "huge rows", "normal"),
             is_causal=True, causal_alignment="top-left", sm_scale=1e6, seed=2),
@@ -127,6 +132,7 @@ def test_chosen_problems(kernel, problem):
     Problem(heads_kv=3, seq_q=333, seq_kv=1900, head_dim=200, kinds=("normal", "spiked rows", "heavy tails")),
     Problem(heads_kv=3, seq_q=333, seq_kv=1900, head_dim=192, kinds=("rising", "rising", "normal")),
     Problem(heads_kv=5, seq_q=333, seq_kv=1500, head_dim=96, kinds=("normal", "spiked rows", "heavy tails")),
+    Problem(heads_kv=5, seq_q=333, seq_kv=1500, head_dim=96, kinds=("spiked rows", "spiked rows", "normal")),
     Problem(heads_kv=11, seq_q=130, seq_kv=1100, kinds=("not finite", "not finite", "not finite")),
 ], ids=repr)  # fmt: skip
 def test_a_cta_continues_what_another_began(kernel, num_sms, problem, monkeypatch):

@@ -94,7 +94,7 @@ def test_p_is_at_the_bound_what_the_plan_aims_at(name):
     scores = rng.integers(-LARGEST_SCORE, LARGEST_SCORE, (4000, 4)).astype(np.float32)
     top = scores.max(axis=1)
     bound = form.round_bound(formats.mul_ru(top, form.factor(a, plan)[:, 0]))
-    steps = form.steps(scores, a, bound, plan)
+    steps = form.steps(scores, a, scores, bound, plan)
     at_bound = plan.aim * form.steps_per_octave + form.steps_at_one
     assert (steps.max(axis=1) <= at_bound + form.steps_per_octave / 5).all()
     usual = a[:, 0] < 2.0**-8
@@ -104,6 +104,27 @@ def test_p_is_at_the_bound_what_the_plan_aims_at(name):
     inside = (expected > 0) & usual[:, None]
     tolerance = 3 + np.abs(scores - top[:, None]) / float(p_forms.score_start(128))
     assert (np.abs(steps - expected) <= tolerance)[inside].all()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_p_of_steep_groups(name):
+    """Under the bound of the largest score P is at most 2**aim, nearly that of the largest score, 0 of most others."""
+    rng = np.random.default_rng(0)
+    form, plan = FORMS[name], PLANS.get(name, make_plan("sm_89", 128, "mma"))
+    a = np.exp2(rng.uniform(-2, 90, (4000, 1))).astype(np.float32).repeat(4, axis=1)
+    a = a[(a > p_forms.STEEP).all(axis=1)]
+    scores = rng.integers(-LARGEST_SCORE, LARGEST_SCORE, (len(a), 4, 8)).astype(np.float32)
+    scores[:, :, 1] = scores[:, :, 0] - 1
+    top, scores = scores.max(axis=2), scores.reshape(len(a), -1)
+    bound = form.round_bound(formats.mul_ru(top, form.factor(a, plan)).max(axis=1))
+    p = form.p(scores, a, top, bound, plan)
+    is_top = scores == scores.max(axis=1, keepdims=True)
+    at_top = 2.0**plan.aim
+    assert p.max() <= at_top and (p[is_top] > at_top / 2).all()
+    distance = (scores.max(axis=1, keepdims=True) - scores).astype(np.float64) * a[:, :1]
+    assert not p[distance > 20].any()
+    near = (distance < 6) & (distance > 0)
+    assert near.any() and (np.abs(np.log2(p[near] / at_top) + distance[near]) < 0.25).all()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -116,6 +137,6 @@ def test_nan_and_absent_bounds():
     for name, plan in PLANS.items():
         scores = np.zeros((1, 4), np.float32)
         a = np.full((1, 4), np.float32(1e-4))
-        assert np.isnan(FORMS[name].p(scores, a * np.nan, np.zeros(1, np.float32), plan)).all()
-        at_no_bound = FORMS[name].p(scores, a, np.full(1, -np.inf, np.float32), plan)  # such keys are masked
+        assert np.isnan(FORMS[name].p(scores, a * np.nan, scores, np.zeros(1, np.float32), plan)).all()
+        at_no_bound = FORMS[name].p(scores, a, scores, np.full(1, -np.inf, np.float32), plan)  # such keys are masked
         assert (np.isnan(at_no_bound) | (at_no_bound >= 128)).all()

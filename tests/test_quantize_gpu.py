@@ -96,6 +96,7 @@ def expected_buffers(q, k, v, sm_scale, smooth_k, plan):
     return {
         **{name: flat(getattr(channels, name)) for name in CHANNELS},
         "q_codes": flat(quantized_q.codes), "q_scale": flat(quantized_q.scale),
+        "largest_q_scales": np.fmax.reduce(flat(quantized_q.scale), axis=1, initial=0),
         "q_mean_dot": flat(quantized_q.mean_dot),
         "k_codes": flat(quantized_k.codes)[:, :, reference.k_order(plan)],
         "k_scale": flat(quantized_k.scale), "k_scale_max": quantized_k.scale_max.reshape(-1),
@@ -115,7 +116,7 @@ def actual_buffers(buffers, seq_q, return_lse, plan):
     codes = codes.view(np.float16) if plan.v_dtype == "f16" else codes
     actual = {
         **{name: b[name] for name in CHANNELS},
-        "q_codes": q_codes[:, :seq_q], "q_scale": b["q_scale"][:, :seq_q],
+        "q_codes": q_codes[:, :seq_q], "q_scale": b["q_scale"][:, :seq_q], "largest_q_scales": b["largest_q_scales"].max(axis=1),
         "k_codes": natural_order(b["k_codes"]), "k_scale": b["k_scale"], "k_scale_max": b["k_scale_max"],
         "v_codes": codes.transpose(0, 1, 2, 4, 3).reshape(*codes.shape[:2], plan.block_n, plan.channels),
         "v_scale": b["v_scale"] + np.float32(0), "v_offset": b["v_offset"]}

@@ -98,6 +98,21 @@ def test_error_is_a_small_part_of_the_spread_of_v(plan, problem):
 
 
 @each_kind_of_plan
+@pytest.mark.parametrize("factor", [1, 10_000])
+def test_huge_keys_do_not_flatten_the_other_scores(plan, factor):
+    """Where they are hidden, or have the least scores of all; of those a step is many octaves (`p_forms.STEEP`)."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 300, 64))
+    k[:, :, 192:224] = factor * k[:, :, 192:193]  # whole key groups
+    q, k, v = (x.astype(np.float16) for x in (q, k, v))
+    least = (q.astype(np.float64) @ k[:, :, 192, :, None].astype(np.float64) < 0)[..., 0] | (np.arange(300) < 192)
+    o, lse = attention(q, k, v, is_causal=True, smooth_k=False, plan=plan)  # the mean of K would spread them
+    o_exact, lse_exact = exact.attention(q, k, v, is_causal=True)
+    assert exact.errors(o[least], o_exact[least])["relative_l1"] < (0.05 if plan.p_form == "code" else 0.042)
+    assert np.abs(lse - lse_exact)[least].mean() < 0.01
+    assert exact.errors(o[~least], o_exact[~least])["relative_l1"] < 0.042
+
+
+@each_kind_of_plan
 def test_without_smoothing(plan):
     problem = Problem(seq_q=128, seq_kv=512, smooth_k=False)
     arrays = problem.arrays()

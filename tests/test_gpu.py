@@ -393,8 +393,8 @@ def test_every_gpu_of_the_host_returns_the_same_bits():
     assert cupy.cuda.runtime.getDevice() == 0
 
 
-# As on four SMs, so that items are cut. Bounds move, and eight keys of a head of V are so large, or NaN, that it is
-# quantised twice. The head_dim is an argument.
+# As on four SMs, so that items are cut. Bounds move, a key group is steep, and eight keys of a head of V are so large, or
+# NaN, that it is quantised twice. The head_dim is an argument.
 SANITIZED = """
 import sys, cupy, numpy as np, sagepp
 from sagepp import launch
@@ -403,6 +403,7 @@ rng = np.random.default_rng(0)
 for is_causal, factor in (False, 1), (False, 300), (True, np.nan):
     q, k, v = (rng.standard_normal((1, 3, s, int(sys.argv[1]))).astype(np.float16) for s in (300, 1700, 1700))
     k[:, 1, 200:208] *= 30
+    k[:, 2, 400] *= 5000
     v[:, 2, 200:208] *= factor
     sagepp.attention(*map(cupy.asarray, (q, k, v)), is_causal=is_causal, return_lse=True)
     cupy.cuda.Device().synchronize()

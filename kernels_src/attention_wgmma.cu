@@ -125,7 +125,7 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
         destination.k_scale_max = k_scale_max[kv_head];
         const int row_blocks = problem.num_row_blocks();
         const float row_scale = largest_q_scale(largest_q_scales, q_head, row_blocks, part.item.row_block);
-        if (is_steep(row_scale, k_scale_max[kv_head])) part.item.num_plain_tiles = 0;  // the other tiles look for it
+        part.item.num_unrolled_tiles = is_steep(row_scale, k_scale_max[kv_head]) ? 0 : part.item.num_plain_tiles;
         mbarrier_arrive_expect_bytes(q_full, Q_BYTES + 4 * ((1 + RETURN_LSE) * BLOCK_M + 2 * HEAD_DIM));
         const long long q_tile = q_head * row_blocks + part.item.row_block;
         if (RETURN_LSE)
@@ -445,7 +445,7 @@ struct Consumer {
     // them is 0, and its P V takes V of the first.
     __device__ void attend(const Part& part) {
         const int begin = part.begin, end = part.end;
-        const int unrolled_end = min(end, part.item.num_plain_tiles) - UNROLLED;
+        const int unrolled_end = min(end, part.item.num_unrolled_tiles) - UNROLLED;
 #pragma unroll
         for (int i = 0; i < 2 * WORDS; ++i) p[i] = 0;
         wgmma_wait<0>();  // there is none, which ptxas cannot know (C7517)

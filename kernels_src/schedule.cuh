@@ -25,6 +25,7 @@ struct WorkItem {
     int num_tiles;       // tiles that some row sees
     int num_full_tiles;  // tiles that every row sees, as far as they go
     int num_plain_tiles;  // of those, the ones without absent keys: nothing to mask
+    int num_unrolled_tiles;  // of those, what the main loop may take: none where key groups may be steep
 
     WorkItem() = default;
     __device__ WorkItem(const Problem& problem, unsigned index) {

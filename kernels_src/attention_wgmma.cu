@@ -11,6 +11,7 @@
 //
 // Grid at most one CTA an SM, block 128 (NUM_WARPGROUPS + 1), DYNAMIC_SHARED_BYTES of dynamic shared memory.
 
+#include "fragments.cuh"
 #include "output.cuh"
 #include "progress.cuh"
 #include "q_scales.cuh"
@@ -152,52 +153,6 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
     }
 }
 
-// ---- steps 5 and 6: bound and P -----------------------------------------------------------------
-
-constexpr int WORDS = BLOCK_N / 16;  // of P a row and thread: codes of keys 4i .. 4i + 3 of the group
-
-struct Row : RowState {
-    float l;
-};
-
-// Word i of a row is register 4 (i / 2) + 2 (i % 2) + r of the A fragments; its scores are s[8i + 2r],
-// s[8i + 2r + 1], s[8i + 4 + 2r], s[8i + 5 + 2r].
-__device__ __forceinline__ constexpr int word_index(int i, int r) { return 4 * (i / 2) + 2 * (i % 2) + r; }
-__device__ __forceinline__ constexpr int score_index(int i, int r, int e) {
-    return 8 * i + 2 * r + e % 2 + e / 2 * 4;
-}
-
-// The thread's largest score of a row.
-__device__ __forceinline__ int largest_score(const unsigned (&s)[8 * WORDS], int r) {
-    constexpr int CHAINS = 2;
-    int largest[CHAINS] = {};  // below every score as it arrives
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-            largest[i % CHAINS] = max(largest[i % CHAINS], static_cast<int>(s[score_index(i, r, e)]));
-    return max(largest[0], largest[1]);
-}
-
-// Scores of a row less `origin`.
-__device__ __forceinline__ void subtract_scores(unsigned (&s)[8 * WORDS], int r, unsigned origin) {
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[score_index(i, r, e)] = score_below(s[score_index(i, r, e)], origin);
-}
-
-// P of one row.
-__device__ __forceinline__ void form_row(unsigned (&p)[2 * WORDS], const RowMap& map,
-                                         const unsigned (&s)[8 * WORDS], int r) {
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i) {
-        unsigned scores[4] = {s[score_index(i, r, 0)], s[score_index(i, r, 1)], s[score_index(i, r, 2)],
-                              s[score_index(i, r, 3)]};
-        p[word_index(i, r)] = form_p(map, scores);
-    }
-}
-
 // ---- consumer ----------------------------------------------------------------------------------
 
 // The first of the thread's two rows, 8 apart; computed where it is needed, because registers are scarce.
@@ -250,6 +205,10 @@ __device__ __forceinline__ void issue_pv(unsigned (&t)[V_ROWS / 4], const unsign
 
 // Whether P V of a tile begins a promotion interval.
 __device__ __forceinline__ bool begins_interval(int tile) { return (tile + 1) % PROMOTE_EVERY == 0; }
+
+struct Row : RowState {
+    float l;
+};
 
 struct Consumer {
     const Problem& problem;

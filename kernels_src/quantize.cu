@@ -404,7 +404,7 @@ static __device__ __noinline__ void requantize_v(Shared& shared, Rows rows, int 
 // Strides are in elements. The arrays between `progress` and `v_offset` are those of `_counters` and `_workspace` in
 // sagepp/launch.py, which says their shapes; `progress` is 0 at the start, and cleared by the attention kernel; the others
 // are not initialised. `group`: query heads a KV head. CTAs an SM: `_ctas_an_sm` of sagepp/launch.py.
-extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 4 : 6) quantize(
+extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 5 : 6) quantize(
     const Half* q, const Half* k, const Half* v, long long q_stride_b, long long q_stride_h,
     long long q_stride_s, long long k_stride_b, long long k_stride_h, long long k_stride_s,
     long long v_stride_b, long long v_stride_h, long long v_stride_s, Progress* progress,

@@ -194,7 +194,7 @@ static __device__ __noinline__ void finish_v_offset(VRangeSums& range_sums, cons
     const float4 scale = __ldcg(reinterpret_cast<const float4*>(v_scale) + thread);
     const uint4* in = reinterpret_cast<const uint4*>(lost) + thread;
     const auto add = [](uint4& sum, uint4 x) { sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w; };
-    constexpr int AT_ONCE = HEAD_DIM > 128 ? 16 : 8;  // loads that are under way
+    constexpr int AT_ONCE = 8;  // loads that are under way
     const auto for_each_tile = [&](auto f) {  // f(tile, its `lost`)
         for (int first = begin; first < end; first += AT_ONCE) {
             uint4 x[AT_ONCE];

@@ -221,7 +221,7 @@ def _kv_ctas(plan: Plan) -> int:
 
 def _ctas_an_sm(plan: Plan) -> int:
     """CTAs of `quantize` that an SM holds at least: its launch bounds."""
-    return 6 if plan.head_dim <= 128 else 4
+    return 6 if plan.head_dim <= 128 else 5
 
 
 def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ def score_start(head_dim):
     return np.float32(32 * 255 * 255 if head_dim <= 128 else 1 << 22)
 
 
-STEEP = np.float32(0.25)  # a step of the score, in log2, beyond which scores are counted from the largest
+STEEP = np.float32(0.25)  # the largest step of a score, in log2, of groups that are not steep
 
 
 def _per_key(x, scores):
@@ -27,7 +27,7 @@ def _per_key(x, scores):
 def _from_top(arriving, b, scores, a, top, factor, bound, at_bound):
     """`arriving`, what the factor multiplies, and `b`, which is added: of steep groups, counted from the largest score.
 
-    What is added is exact then, as it is log2 P of that score.
+    `b` is then log2 P of that score, not far from `at_bound`, whatever the factor.
     """
     steep = a > STEEP
     if not steep.any():

@@ -116,7 +116,8 @@ def actual_buffers(buffers, seq_q, return_lse, plan):
     codes = codes.view(np.float16) if plan.v_dtype == "f16" else codes
     actual = {
         **{name: b[name] for name in CHANNELS},
-        "q_codes": q_codes[:, :seq_q], "q_scale": b["q_scale"][:, :seq_q], "largest_q_scales": b["largest_q_scales"].max(axis=1),
+        "q_codes": q_codes[:, :seq_q], "q_scale": b["q_scale"][:, :seq_q],
+        "largest_q_scales": b["largest_q_scales"].max(axis=1),
         "k_codes": natural_order(b["k_codes"]), "k_scale": b["k_scale"], "k_scale_max": b["k_scale_max"],
         "v_codes": codes.transpose(0, 1, 2, 4, 3).reshape(*codes.shape[:2], plan.block_n, plan.channels),
         "v_scale": b["v_scale"] + np.float32(0), "v_offset": b["v_offset"]}

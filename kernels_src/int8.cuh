@@ -113,8 +113,9 @@ template <class T> struct Factors {
 
     // By all threads of the CTA; there after `cp_async_commit`, `cp_async_wait` and a barrier.
     __device__ __forceinline__ void copy(const T* from) {
-        for (int i = AT_ONCE * threadIdx.x; i < HEAD_DIM; i += AT_ONCE * THREADS)
-            cp_async_16(shared_address(of_channel + i), from + i);
+        static_assert(HEAD_DIM <= AT_ONCE * THREADS, "a thread copies once");
+        const int i = AT_ONCE * threadIdx.x;
+        if (i < HEAD_DIM) cp_async_16(shared_address(of_channel + i), from + i);
     }
     // Those of channels 8 * vector ... 8 * vector + 7.
     template <class Numbers> __device__ __forceinline__ void load(int vector, Numbers& x) const {

@@ -18,16 +18,12 @@ __device__ __forceinline__ void clear(Progress* progress, int count, int thread,
 constexpr unsigned SPECIAL = 0x10000;  // counts chunks with a NaN or an infinity, above the arrivals
 
 // Adds `count` to the counter; all threads call it. Returns what had arrived before. What the threads have written
-// is visible to every CTA that arrives, or waits, later: barrier, fence, atomic; atomic or acquire, fence, barrier
-// (PTX ISA, "Memory Consistency Model: Release and Acquire Patterns").
+// is visible to every CTA that arrives, or waits, later: barrier, release; acquire, barrier (PTX ISA, "Memory Consistency
+// Model: Release and Acquire Patterns").
 __device__ __forceinline__ unsigned arrive(unsigned& counter, unsigned count) {
     __shared__ unsigned before;
     __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        before = atomicAdd(&counter, count);
-        __threadfence();
-    }
+    if (threadIdx.x == 0) before = add_acquire_release(&counter, count);
     __syncthreads();
     return before;
 }

@@ -73,6 +73,13 @@ __device__ __forceinline__ void add_release(unsigned* p, unsigned x) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
 
+// Returns what was there before.
+__device__ __forceinline__ unsigned add_acquire_release(unsigned* p, unsigned x) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(x) : "memory");
+    return before;
+}
+
 // ---- launches ----------------------------------------------------------------------------------
 
 // What is launched behind this kernel may start, where it was asked to (`early` in sagepp/driver.py), when all CTAs

@@ -10,6 +10,7 @@
 // for `wgmma` alone), ROW_SUM_UNIT, SAMPLE_KEYS, IN_BF16, WITH_MEAN_DOT, SMOOTH_K, ALIGNED (`quantize_defines` in
 // sagepp/launch.py).
 
+#include "divisor.cuh"
 #include "int8.cuh"
 #include "q_scales.cuh"
 #include "quantize_v.cuh"
@@ -18,13 +19,14 @@
 constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;  // bytes of a row of codes of Q or K that lie together
 
 // Q and K: ROW_THREADS threads share a row; block b of a thread, of BLOCKS, is number `block_of_row(b)` of the row. The
-// rows of a CTA are copied to shared memory and worked on in passes, a row for every ROW_THREADS threads.
+// rows of a CTA are copied to shared memory and worked on in passes, a row for every ROW_THREADS threads; what a pass has
+// read makes room for the rows of a later one.
 constexpr int ROW_THREADS = HEAD_DIM < 128 ? 2 : 4;
 constexpr int WARP_ROWS = 32 / ROW_THREADS;
 constexpr int BLOCKS = HEAD_DIM / (ROTATION * ROW_THREADS);
-constexpr int PASS_ROWS = THREADS / ROW_THREADS, PASSES = Q_CTA_ROWS / PASS_ROWS;
+constexpr int PASS_ROWS = THREADS / ROW_THREADS, PASSES = Q_TILE_ROWS / PASS_ROWS;
 
-// K, a CTA for a tile: warps that share a key group, key groups of a pass, passes.
+// K: warps that share a key group, key groups of a pass, passes of a tile.
 constexpr int GROUP_WARPS = GROUP_KEYS / WARP_ROWS, PASS_GROUPS = WARPS / GROUP_WARPS;
 constexpr int K_PASSES = KEY_GROUPS / PASS_GROUPS;
 
@@ -149,34 +151,48 @@ __device__ __forceinline__ void store_codes(Pass& pass, signed char* tile, const
         *reinterpret_cast<uint4*>(tile + (places.offset[j] ^ flip)) = shared.codes[places.shared_chunk[j]];
 }
 
-// Starts the copy of rows `first, first + 1, ...` for a warp's pass, zeros from `end` on.
-template <class Pass> __device__ __forceinline__ void copy_rows(Pass& pass, const Rows& rows, int first, int end) {
-    constexpr int STEP = 32 / VECTORS;  // rows at a time
-    const int vector = threadIdx.x % VECTORS, r = threadIdx.x % 32 / VECTORS;
-    const Half* p = rows.at(first + r, 8 * vector);
-#pragma unroll
-    for (int i = 0; i < WARP_ROWS; i += STEP, p += STEP * rows.stride)
-        rows.copy(&pass.of_warp[threadIdx.x / 32].rows[r + i][vector ^ vector_swizzle(r + i)], p, 8 * vector,
-                  first + r + i < end);
-    cp_async_commit();
-}
+// A thread's part of the copies of consecutive passes, rows `first, first + 1, ...` in all; zeros from `exist` on, and no
+// copies from `end` on.
+struct RowCopies {
+    static constexpr int STEP = 32 / VECTORS;  // rows of a warp at a time
+    const Rows& rows;
+    const Half* p;
+    int row, exist, end;
 
-// Rows first_row ... first_row + Q_CTA_ROWS - 1 of one head of Q, as far as there are; rows from seq_q on are 0.
-// codes: [row block][panel][BLOCK_M][PANEL]; scale (q_scale), mean_dot: [padded_rows]; scale_max: of these rows.
-__device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int seq_q, int padded_rows,
-                                           int first_row, const unsigned& statistics, int done, const float* k_mean,
+    __device__ __forceinline__ RowCopies(const Rows& rows, int first, int exist, int end)
+        : rows(rows), row(first + threadIdx.x / 32 * WARP_ROWS + threadIdx.x % 32 / VECTORS), exist(exist), end(end) {
+        p = rows.at(row, threadIdx.x % VECTORS * 8);
+    }
+
+    // Starts the copies of the next pass, to where `pass` was read.
+    template <class Pass> __device__ __forceinline__ void start(Pass& pass) {
+        const int vector = threadIdx.x % VECTORS, r = threadIdx.x % 32 / VECTORS;
+        if (row < end) {
+#pragma unroll
+            for (int i = 0; i < WARP_ROWS; i += STEP, p += STEP * rows.stride)
+                rows.copy(&pass.of_warp[threadIdx.x / 32].rows[r + i][vector ^ vector_swizzle(r + i)], p, 8 * vector,
+                          row + i < exist);
+            p += (PASS_ROWS - WARP_ROWS) * rows.stride, row += PASS_ROWS;
+        }
+        cp_async_commit();
+    }
+};
+
+// Rows `first_row` to `end_row` - 1 of one head of Q; those from seq_q on are 0.
+// codes: [row block][panel][BLOCK_M][PANEL]; scale (q_scale), mean_dot: [padded_rows]; scale_max: [tiles of Q_TILE_ROWS],
+// the largest of all these rows for each tile of theirs.
+__device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int seq_q, int first_row, int end_row,
+                                           const unsigned& statistics, int done, const float* k_mean,
                                            const Factor* q_factor, signed char* codes, float* scale,
-                                           float& scale_max, float* mean_dot, float softmax_scale) {
-    const auto copy_pass = [&](int pass) {
-        copy_rows(shared.passes[pass], rows, first_row + pass * PASS_ROWS + threadIdx.x / 32 * WARP_ROWS, seq_q);
-    };
-    copy_pass(0);
+                                           float* scale_max, float* mean_dot, float softmax_scale) {
+    RowCopies copies(rows, first_row, seq_q, end_row);
+    copies.start(shared.passes[0]);
     wait(statistics, done);
     shared.factor.copy(q_factor);
     if (WITH_MEAN_DOT) shared.k_mean.copy(k_mean);
     cp_async_commit();
 #pragma unroll
-    for (int pass = 1; pass < PASSES; ++pass) copy_pass(pass);
+    for (int pass = 1; pass < PASSES; ++pass) copies.start(shared.passes[pass]);
     const CodePlaces places(BLOCK_M, [](int r) { return r; });  // of a warp's first row on, a multiple of WARP_ROWS
     const auto of = [&](int vector) {
         OfQ x;
@@ -189,13 +205,10 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
     cp_async_wait<PASSES - 1>();
     __syncthreads();
 #pragma unroll 1  // the code of all roles should fit the instruction cache
-    for (int pass = 0; pass < PASSES; ++pass) {
-        const int row = first_row + pass * PASS_ROWS + threadIdx.x / ROW_THREADS;
-        if (row - warp_row() >= padded_rows) break;
-        if (pass > 0) {
-            cp_async_wait<0>();
-            __syncwarp();
-        }
+    for (int pass = 0, row_0 = first_row; row_0 < end_row; pass = (pass + 1) % PASSES, row_0 += PASS_ROWS) {
+        const int row = row_0 + threadIdx.x / ROW_THREADS;
+        cp_async_wait<PASSES - 1>();
+        __syncwarp();
         auto& row_values = shared.passes[pass].of_warp[threadIdx.x / 32].rows[warp_row()];
         RowValues<BLOCKS> x;
         float amax, dot[BLOCKS] = {}, unscale = 1.0f;
@@ -259,33 +272,31 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
             scale[row] = row_scale;
             if (WITH_MEAN_DOT) mean_dot[row] = dot[0];
         }
+        __syncwarp();
+        copies.start(shared.passes[pass]);
     }
     const float largest_of_rows = largest_of_warp(largest_of_thread);
     if (threadIdx.x % 32 == 0) atomicMax(&largest_scale, __float_as_int(largest_of_rows));
     __syncthreads();
-    if (threadIdx.x == 0) scale_max = __int_as_float(largest_scale);
+    if (first_row + static_cast<int>(threadIdx.x) * Q_TILE_ROWS < end_row)
+        scale_max[first_row / Q_TILE_ROWS + threadIdx.x] = __int_as_float(largest_scale);
 }
 
-// Codes of a tile of K.
-// codes: [panel][BLOCK_N][PANEL], rows in column order; scale: [KEY_GROUPS]; scale_max: of the head, 0 at first.
-__device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int seq_kv, int tile,
+// Codes of tiles `first_tile` to `end_tile` - 1 of K.
+// codes: [tile][panel][BLOCK_N][PANEL], rows in column order; scale: [tile][KEY_GROUPS]; scale_max: of the head, 0 at first.
+__device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int seq_kv, int first_tile, int end_tile,
                                            const unsigned& statistics, int done, const Factor* k_factor,
                                            const Factor* k_addend, signed char* codes, float* scale, float* scale_max) {
     const int warp = threadIdx.x / 32, group_0 = warp / GROUP_WARPS;
     const int place = warp % GROUP_WARPS * WARP_ROWS + warp_row();  // in the group
-    const int key_0 = tile * BLOCK_N + group_0 * GROUP_KEYS + place;
-    const auto copy_pass = [&](int pass) {
-        const int group_key = tile * BLOCK_N + (group_0 + pass * PASS_GROUPS) * GROUP_KEYS;
-        copy_rows(shared.passes[pass], rows, group_key + warp % GROUP_WARPS * WARP_ROWS,
-                  min(group_key + GROUP_KEYS, seq_kv));
-    };
-    copy_pass(0);
+    RowCopies copies(rows, first_tile * BLOCK_N, seq_kv, end_tile * BLOCK_N);
+    copies.start(shared.passes[0]);
     wait(statistics, done);
     shared.factor.copy(k_factor);
     shared.addend.copy(k_addend);
     cp_async_commit();
 #pragma unroll
-    for (int pass = 1; pass < K_PASSES; ++pass) copy_pass(pass);
+    for (int pass = 1; pass < K_PASSES; ++pass) copies.start(shared.passes[pass]);
     const CodePlaces places(BLOCK_N, [=](int r) {  // of key group 0: section 2, "Position of a key"
         const int p = place - warp_row() + r;
         return p / 2 * 8 + p % 2;
@@ -299,15 +310,15 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
     };
     cp_async_wait<K_PASSES - 1>();
     __syncthreads();
+    // Key groups are numbered through all tiles.
+    const int end_group = end_tile * KEY_GROUPS;
 #pragma unroll 1
-    for (int pass = 0; pass < K_PASSES; ++pass) {
-        const int group = group_0 + pass * PASS_GROUPS;
-        if (pass > 0) {
-            cp_async_wait<0>();
-            __syncwarp();
-        }
+    for (int pass = 0, group = first_tile * KEY_GROUPS + group_0; group < end_group;
+         pass = (pass + 1) % K_PASSES, group += PASS_GROUPS) {
+        cp_async_wait<K_PASSES - 1>();
+        __syncwarp();
         auto& row = shared.passes[pass].of_warp[warp].rows[warp_row()];
-        const bool exists = key_0 + pass * (PASS_GROUPS * GROUP_KEYS) < seq_kv;
+        const bool exists = group * GROUP_KEYS + place < seq_kv;
         // Over the key group.
         const auto largest_of_group = [&](float of_thread, int slot) {
             float result = largest_of_warp(of_thread);
@@ -361,13 +372,16 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
             amax = 0.0f, unscale = __int_as_float(0x7FFFFFFF);
         }
         const Pair inverse = int8_inverse(amax);
-        store_codes(shared.passes[pass], codes, places, group * GROUP_FLIP, x, inverse);
+        store_codes(shared.passes[pass], codes + static_cast<long long>(group / KEY_GROUPS) * (BLOCK_N * HEAD_DIM), places,
+                    group % KEY_GROUPS * GROUP_FLIP, x, inverse);
         if (warp % GROUP_WARPS == 0 && threadIdx.x % 32 == 0) {
             const float group_scale = __fmul_rn(int8_scale(amax, inverse), unscale);
             scale[group] = group_scale;
             // >= 0, so ordered as integers are; a NaN counts as 0, so that the other groups have a limit
             atomicMax(reinterpret_cast<int*>(scale_max), __float_as_int(fmaxf(group_scale, 0.0f)));
         }
+        __syncwarp();
+        copies.start(shared.passes[pass]);
     }
 }
 
@@ -388,22 +402,21 @@ static __device__ __noinline__ void requantize_v(Shared& shared, Rows rows, int 
     finish_v(chunks, keys, v_mean, v_inverse, v_scale);
     arrive(done.statistics[1], keys.done() + (special ? SPECIAL : 0));
 #pragma unroll 1
-    for (int part = 0; part < num_tiles * V_CTAS; ++part) {
-        const long long tile = part / V_CTAS;
-        quantize_v(shared.v, shared.v_sums, rows, tile, part % V_CTAS, done.statistics[1], keys, v_mean, v_inverse,
-                   codes + tile * (V_CHUNKS * V_ROWS * 16), lost + tile * HEAD_DIM);
+    for (int part = 0; part < V_CTAS; ++part) {
+        quantize_v(shared.v, shared.v_sums, rows, 0, num_tiles, part, done.statistics[1], keys, v_mean, v_inverse, codes, lost);
+        __syncthreads();
     }
-    __syncthreads();
 }
 
-// A KV head of the batch has a CTA for each chunk of its statistics (K, then V), V_CTAS a tile for the codes of V and
-// one a tile for those of K. In the grid, the statistics of the first `lead` heads come first; then, in rounds, the
-// statistics of head `round + lead` and the codes of head `round`; then the codes of the last `lead` heads; and last,
-// for all heads, the codes of Q, q_ctas a query head.
+// A KV head of the batch has a CTA for each chunk of its statistics (K, then V); V_CTAS of them for the codes of every
+// `cta_tiles` tiles of V, and one for those of K. In the grid, the statistics of the first `lead` heads come first; then,
+// in rounds, the statistics of head `round + lead` and the codes of head `round`; then the codes of the last `lead` heads;
+// and last, for all heads, the codes of Q, a CTA for every `cta_tiles` tiles of Q_TILE_ROWS rows.
 //
 // Strides are in elements. The arrays between `progress` and `v_offset` are those of `_counters` and `_workspace` in
 // sagepp/launch.py, which says their shapes; `progress` is 0 at the start, and cleared by the attention kernel; the others
-// are not initialised. `group`: query heads a KV head. CTAs an SM: `_ctas_an_sm` of sagepp/launch.py.
+// are not initialised. `group`: query heads a KV head. CTAs an SM: `_ctas_an_sm` of sagepp/launch.py. A Divisor is the
+// number that it is called by.
 extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 5 : 6) quantize(
     const Half* q, const Half* k, const Half* v, long long q_stride_b, long long q_stride_h,
     long long q_stride_s, long long k_stride_b, long long k_stride_h, long long k_stride_s,
@@ -411,83 +424,91 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 5 : 6) qu
     ChunkStatistics* chunks, float* k_mean, Factor* k_factor, Factor* k_addend, Factor* q_factor, float* v_mean,
     float* v_inverse, float* v_scale, signed char* q_codes, float* q_scale, float* largest_q_scales, float* q_mean_dot,
     signed char* k_codes, float* k_scale, float* k_scale_max, unsigned char* v_codes, unsigned* lost, float* v_offset,
-    int batch, int num_heads_q, int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale,
-    int lead) {
+    int num_heads_q, int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale, int heads_kv,
+    int lead, int cta_tiles, int kv_tile_ctas, int q_head_ctas, Divisor by_statistics_ctas, Divisor by_code_ctas,
+    Divisor by_round_ctas, Divisor by_q_head_ctas, Divisor by_num_heads_kv, Divisor by_num_heads_q, Divisor by_group) {
     __shared__ Shared shared;
     let_next_kernel_start();
     const Keys keys(seq_kv, true);
-    const unsigned statistics_ctas = 2 * keys.chunks;
-    const int num_tiles = ceil_div(seq_kv, BLOCK_N), padded_rows = ceil_div(seq_q, BLOCK_M) * BLOCK_M;
-    const unsigned v_ctas = num_tiles * V_CTAS, code_ctas = v_ctas + num_tiles;
-    const unsigned q_ctas = ::q_ctas(padded_rows / BLOCK_M), heads = batch * num_heads_kv;
+    const int num_tiles = ceil_div(seq_kv, BLOCK_N);
+    const unsigned statistics_ctas = 2 * keys.chunks, v_ctas = kv_tile_ctas * V_CTAS, code_ctas = v_ctas + kv_tile_ctas;
+    const unsigned round_ctas = statistics_ctas + code_ctas, rounds = heads_kv - lead;
 
-    // Becomes the number of the CTA among those of its kind of `head`.
+    // Becomes the number of the CTA among those of its kind of `head`: a KV head or, of Q, a query head.
     unsigned index = blockIdx.x, head = 0;
+    const auto divide = [&](Divisor by, unsigned ctas) { head += index / by, index -= index / by * ctas; };
     bool is_statistics = index < lead * statistics_ctas;
-    const bool is_q = index >= heads * (statistics_ctas + code_ctas);
+    const bool is_q = index >= heads_kv * round_ctas;
     if (is_statistics) {
-        head = index / statistics_ctas, index %= statistics_ctas;
+        divide(by_statistics_ctas, statistics_ctas);
     } else if (is_q) {
-        index -= heads * (statistics_ctas + code_ctas);
-        head = index / (group * q_ctas), index %= group * q_ctas;
+        index -= heads_kv * round_ctas;
+        divide(by_q_head_ctas, q_head_ctas);
     } else {
         index -= lead * statistics_ctas;
-        const unsigned rounds = heads - lead;
-        const bool in_rounds = index < rounds * (statistics_ctas + code_ctas);
-        const unsigned round_ctas = in_rounds ? statistics_ctas + code_ctas : code_ctas;
-        if (!in_rounds) index -= rounds * (statistics_ctas + code_ctas), head = rounds;
-        head += index / round_ctas, index %= round_ctas;
-        is_statistics = in_rounds && index < statistics_ctas;
-        if (is_statistics) head += lead;
-        else if (in_rounds) index -= statistics_ctas;
+        if (index < rounds * round_ctas) {
+            divide(by_round_ctas, round_ctas);
+            is_statistics = index < statistics_ctas;
+            if (is_statistics) head += lead;
+            else index -= statistics_ctas;
+        } else {
+            index -= rounds * round_ctas, head = rounds;
+            divide(by_code_ctas, code_ctas);
+        }
     }
-    const int b = head / num_heads_kv, h = head % num_heads_kv;
-    const long long channels = static_cast<long long>(head) * HEAD_DIM;
-    Progress& done = progress[head];
+    const int b = is_q ? head / by_num_heads_q : head / by_num_heads_kv;
+    const int h_q = head - b * num_heads_q, h = is_q ? h_q / by_group : head - b * num_heads_kv;
+    const int kv_head = b * num_heads_kv + h;
+    const long long channels = static_cast<long long>(kv_head) * HEAD_DIM;
+    Progress& done = progress[kv_head];
 
     if (is_statistics) {
         const bool is_v = index >= keys.chunks;
         const Rows rows = is_v ? Rows(v, b, h, v_stride_b, v_stride_h, v_stride_s, head_dim)
                                : Rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
         const int chunk = is_v ? index - keys.chunks : index;
-        chunks += (2LL * head + is_v) * SUM_CHUNKS;
+        chunks += (2LL * kv_head + is_v) * SUM_CHUNKS;
         const bool special = chunk_statistics(rows, keys, chunk, shared.statistics, chunks[chunk]);
         if (arrive(done.statistics[is_v], special ? SPECIAL + 1 : 1) % SPECIAL != keys.chunks - 1) return;
         if (is_v) {
             finish_v(chunks, keys, v_mean + channels, v_inverse + channels, v_scale + channels);
         } else {
             finish_k(chunks, keys, k_mean + channels, k_factor + channels, k_addend + channels, q_factor + channels);
-            k_scale_max[head] = 0.0f;
+            k_scale_max[kv_head] = 0.0f;
         }
         arrive(done.statistics[is_v], 1);
     } else if (is_q) {
-        const int q_head = h * group + index / q_ctas;
-        const Rows rows(q, b, q_head, q_stride_b, q_stride_h, q_stride_s, head_dim);
-        const long long batch_head = static_cast<long long>(b) * num_heads_q + q_head, row = batch_head * padded_rows;
-        const int cta = index % q_ctas;
-        quantize_q(shared, rows, seq_q, padded_rows, cta * Q_CTA_ROWS, done.statistics[0], keys.done(),
-                   k_mean + channels, q_factor + channels, q_codes + row * HEAD_DIM, q_scale + row,
-                   largest_q_scales[batch_head * q_ctas + cta], q_mean_dot + row, softmax_scale);
-    } else if (index < v_ctas) {
-        const Rows rows(v, b, h, v_stride_b, v_stride_h, v_stride_s, head_dim);
-        const long long tile = index / V_CTAS, first_tile = static_cast<long long>(head) * num_tiles;
-        v_codes += first_tile * (V_CHUNKS * V_ROWS * 16), lost += first_tile * HEAD_DIM;
-        v_mean += channels, v_inverse += channels, v_scale += channels;
-        if (quantize_v(shared.v, shared.v_sums, rows, tile, index % V_CTAS, done.statistics[1], keys, v_mean, v_inverse,
-                       v_codes + tile * (V_CHUNKS * V_ROWS * 16), lost + tile * HEAD_DIM))
-            done.v_exceeds = 1;
-        if (arrive(done.v_tiles, 1) != v_ctas - 1) return;
-        if (SAMPLE_KEYS && keys.is_sample() && load_acquire(&done.v_exceeds))
-            requantize_v(shared, rows, seq_kv, num_tiles, done, chunks + (2LL * head + 1) * SUM_CHUNKS, v_mean, v_inverse,
-                         v_scale, v_codes, lost);
-        finish_v_offset(shared.range_sums, lost, num_tiles, seq_kv, v_mean, v_scale,
-                        v_offset + (num_tiles + 1) * channels);
+        const Rows rows(q, b, h_q, q_stride_b, q_stride_h, q_stride_s, head_dim);
+        const int row_blocks = ceil_div(seq_q, BLOCK_M), padded_rows = row_blocks * BLOCK_M;
+        const int first_row = index * cta_tiles * Q_TILE_ROWS, end_row = min(first_row + cta_tiles * Q_TILE_ROWS, padded_rows);
+        const long long row = static_cast<long long>(head) * padded_rows;
+        quantize_q(shared, rows, seq_q, first_row, end_row, done.statistics[0], keys.done(), k_mean + channels,
+                   q_factor + channels, q_codes + row * HEAD_DIM, q_scale + row,
+                   largest_q_scales + static_cast<long long>(head) * q_tiles(row_blocks), q_mean_dot + row, softmax_scale);
     } else {
-        index -= v_ctas;
-        const Rows rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
-        const long long tile = static_cast<long long>(head) * num_tiles + index;
-        quantize_k(shared, rows, seq_kv, index, done.statistics[0], keys.done(), k_factor + channels,
-                   k_addend + channels, k_codes + tile * (BLOCK_N * HEAD_DIM), k_scale + tile * KEY_GROUPS,
-                   k_scale_max + head);
+        const bool is_v = index < v_ctas;
+        const int part = is_v ? index % V_CTAS : 0;
+        const int first_tile = (is_v ? index / V_CTAS : index - v_ctas) * cta_tiles;
+        const int end_tile = min(first_tile + cta_tiles, num_tiles);
+        const long long head_tile = static_cast<long long>(kv_head) * num_tiles;
+        if (is_v) {
+            const Rows rows(v, b, h, v_stride_b, v_stride_h, v_stride_s, head_dim);
+            v_codes += head_tile * (V_CHUNKS * V_ROWS * 16), lost += head_tile * HEAD_DIM;
+            v_mean += channels, v_inverse += channels, v_scale += channels;
+            if (quantize_v(shared.v, shared.v_sums, rows, first_tile, end_tile, part, done.statistics[1], keys, v_mean,
+                           v_inverse, v_codes, lost))
+                done.v_exceeds = 1;
+            if (arrive(done.v_tiles, 1) != v_ctas - 1) return;
+            if (SAMPLE_KEYS && keys.is_sample() && load_acquire(&done.v_exceeds))
+                requantize_v(shared, rows, seq_kv, num_tiles, done, chunks + (2LL * kv_head + 1) * SUM_CHUNKS, v_mean,
+                             v_inverse, v_scale, v_codes, lost);
+            finish_v_offset(shared.range_sums, lost, num_tiles, seq_kv, v_mean, v_scale,
+                            v_offset + (num_tiles + 1) * channels);
+        } else {
+            const Rows rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
+            quantize_k(shared, rows, seq_kv, first_tile, end_tile, done.statistics[0], keys.done(), k_factor + channels,
+                       k_addend + channels, k_codes + head_tile * (BLOCK_N * HEAD_DIM), k_scale + head_tile * KEY_GROUPS,
+                       k_scale_max + kv_head);
+        }
     }
 }

@@ -13,18 +13,19 @@ constexpr int V_ROWS = CHANNELS + ROW_SUM_ROWS;         // of codes: further cha
 // each other make V_CHANNELS channels of the chunk, and the CTA V_STEP chunks a step. V_CTAS: CTAs of a tile.
 constexpr int V_CHANNELS = HEAD_DIM < 128 ? HEAD_DIM : 128, V_CTAS = HEAD_DIM / V_CHANNELS;
 constexpr int V_WIDTH = V_CHANNELS / 64, V_STEP = WARPS / V_WIDTH;
-constexpr int V_STEPS = ceil_div(V_CHUNKS, V_STEP), V_KEYS = V_CHUNK_KEYS / KEY_GROUPS;
+constexpr int V_STEPS = V_CHUNKS / V_STEP, V_KEYS = V_CHUNK_KEYS / KEY_GROUPS;
 
 static_assert(BLOCK_N % 16 == 0, "16 bytes of E4M3 are 4 keys of each key group");
+static_assert(V_CHUNKS % V_STEP == 0, "all warps have as many steps");
 static_assert(!(V_F16 && ROW_SUM_ROWS), "the rows of the row sum are E4M3");
 
 // In shared memory: a chunk's keys of 64 channels for each warp and step, two channels in a word, whose place its codes
 // take; sums over a warp's keys; and the sums of the threads' ranges of tiles.
 typedef unsigned VRows[V_STEPS][WARPS][KEY_GROUPS * V_KEYS][32];
-typedef struct {
+typedef struct {  // of two tiles that follow each other
     unsigned lost[WARPS][64];
     float magnitude[WARPS][64];
-} VSums;
+} VSums[2];
 typedef uint4 VRangeSums[THREADS];
 
 [[maybe_unused]] constexpr float LOST_UNIT = 65536.0f;  // `lost` counts 1 / 65536 of V's codes
@@ -65,114 +66,124 @@ __device__ __forceinline__ unsigned v_codes_word(const float (&y)[V_KEYS], unsig
 #endif
 }
 
-// Part number `part` of a tile of V, V_CHANNELS channels: a warp takes a chunk of 64 channels at a time. Returns, to
-// the thread of a channel, whether its codes are too large: by a sample, a NaN or an infinity is, too.
-// codes: [V_CHUNKS][V_ROWS][16 bytes]; lost_out: [HEAD_DIM], in 1 / 65536 of a code (not with FP16 codes).
-__device__ __forceinline__ bool quantize_v(VRows& v, VSums& sums, const Rows& rows, int tile, int part,
+// Part number `part` of tiles `first_tile` to `end_tile` - 1 of V, V_CHANNELS channels: a warp takes a chunk of 64 channels
+// at a time. Returns, to the thread of a channel, whether codes of a tile are too large: by a sample, a NaN or an infinity
+// is, too.
+// codes: [tile][V_CHUNKS][V_ROWS][16 bytes]; lost_out: [tile][HEAD_DIM], in 1 / 65536 of a code (not with FP16 codes).
+__device__ __forceinline__ bool quantize_v(VRows& v, VSums& sums, const Rows& rows, int first_tile, int end_tile, int part,
                                            const unsigned& statistics, const Keys& keys, const float* v_mean,
                                            const float* v_inverse, unsigned char* codes, unsigned* lost_out) {
     const int seq_kv = keys.seq_kv;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first_channel = part * V_CHANNELS + warp % V_WIDTH * 64;
-    const int warp_key = tile * BLOCK_N + warp / V_WIDTH * V_KEYS;
-    const auto has_step = [=](int step) {  // whether there is a chunk for this warp
-        return V_CHUNKS % V_STEP == 0 || warp / V_WIDTH + step * V_STEP < V_CHUNKS;
-    };
-    const auto copy_step = [&](int step) {
-        if (!has_step(step)) return cp_async_commit();
-        const int t = lane / 8;  // the key group
-        const int key = warp_key + step * V_STEP * V_KEYS + t * GROUP_KEYS, channel = first_channel + lane % 8 * 8;
-        const Half* p = rows.at(key, channel);
+    const int warp_key = warp / V_WIDTH * V_KEYS;  // in a tile, of its first step
+    const int copied_channel = first_channel + lane % 8 * 8;
+    int copied = first_tile * BLOCK_N + warp_key + lane / 8 * GROUP_KEYS;  // of key group lane / 8
+    const Half* p = rows.at(copied, copied_channel);
+    const auto copy_step = [&](int step) {  // steps in turn, tile after tile
+        if (copied < end_tile * BLOCK_N) {
 #pragma unroll
-        for (int i = 0; i < V_KEYS; ++i, p += rows.stride)
-            rows.copy(reinterpret_cast<uint4*>(v[step][warp][t * V_KEYS + i]) + lane % 8, p, channel,
-                      key + i < seq_kv);
+            for (int i = 0; i < V_KEYS; ++i, p += rows.stride)
+                rows.copy(reinterpret_cast<uint4*>(v[step][warp][lane / 8 * V_KEYS + i]) + lane % 8, p, copied_channel,
+                          copied + i < seq_kv);
+            const int skipped = step < V_STEPS - 1 ? (V_STEP - 1) * V_KEYS : BLOCK_N - GROUP_KEYS + (V_STEP - 1) * V_KEYS;
+            p += skipped * rows.stride, copied += skipped + V_KEYS;
+        }
         cp_async_commit();
     };
     copy_step(0);
-    const bool clean = wait(statistics, keys.done()) && !keys.is_sample(), whole = (tile + 1) * BLOCK_N <= seq_kv;
+    const bool clean = wait(statistics, keys.done()) && !keys.is_sample();
     const int channel = first_channel + 2 * lane;
     const float2 mean = __ldcg(reinterpret_cast<const float2*>(v_mean + channel));
     const float2 inverse = __ldcg(reinterpret_cast<const float2*>(v_inverse + channel));
 #pragma unroll
     for (int step = 1; step < V_STEPS; ++step) copy_step(step);
-    unsigned lost[2] = {};
-    float magnitude[2] = {};
+    codes += static_cast<long long>(first_tile) * (V_CHUNKS * V_ROWS * 16), lost_out += static_cast<long long>(first_tile) * HEAD_DIM;
+    bool exceeds = false;
 #pragma unroll 1
-    for (int step = 0; step < V_STEPS; ++step) {
-        if (step == 0) cp_async_wait<V_STEPS - 1>();
-        else cp_async_wait<0>();
-        __syncwarp();
-        if (!has_step(step)) break;
-        if (clean) {
+    for (int tile = first_tile; tile < end_tile; ++tile, codes += V_CHUNKS * V_ROWS * 16, lost_out += HEAD_DIM) {
+        const bool whole = (tile + 1) * BLOCK_N <= seq_kv;
+        unsigned lost[2] = {};
+        float magnitude[2] = {};
 #pragma unroll 1
-            for (int i = 0; i < KEY_GROUPS * V_KEYS; ++i)
-                v[step][warp][i][lane] = finite(v[step][warp][i][lane]);
-        }
-        unsigned raw[KEY_GROUPS][V_KEYS];
-#pragma unroll
-        for (int t = 0; t < KEY_GROUPS; ++t) {
-#pragma unroll
-            for (int i = 0; i < V_KEYS; ++i) {
-                raw[t][i] = v[step][warp][t * V_KEYS + i][lane];
+        for (int step = 0; step < V_STEPS; ++step) {
+            cp_async_wait<V_STEPS - 1>();
+            __syncwarp();
+            if (clean) {
+#pragma unroll 1
+                for (int i = 0; i < KEY_GROUPS * V_KEYS; ++i)
+                    v[step][warp][i][lane] = finite(v[step][warp][i][lane]);
             }
-        }
-        unsigned word[2][KEY_GROUPS];
+            unsigned raw[KEY_GROUPS][V_KEYS];
 #pragma unroll
-        for (int t = 0; t < KEY_GROUPS; ++t) {
-            float y[2][V_KEYS];
-#pragma unroll
-            for (int i = 0; i < V_KEYS; ++i) {
-                const float2 x = widen(raw[t][i]);
-                y[0][i] = __fmul_rn(__fsub_rn(x.x, mean.x), inverse.x);
-                y[1][i] = __fmul_rn(__fsub_rn(x.y, mean.y), inverse.y);
-            }
-            if (!whole) {
-                const int count = seq_kv - (warp_key + step * V_STEP * V_KEYS + t * GROUP_KEYS);  // that exist
+            for (int t = 0; t < KEY_GROUPS; ++t) {
 #pragma unroll
                 for (int i = 0; i < V_KEYS; ++i) {
-                    if (i >= count) y[0][i] = y[1][i] = 0.0f;
+                    raw[t][i] = v[step][warp][t * V_KEYS + i][lane];
                 }
             }
-            word[0][t] = v_codes_word(y[0], lost[0], magnitude[0]);
-            word[1][t] = v_codes_word(y[1], lost[1], magnitude[1]);
-        }
-        uint4* out = reinterpret_cast<uint4*>(codes) + (warp / V_WIDTH + step * V_STEP) * V_ROWS + first_channel;
-        const uint4 low = make_uint4(word[0][0], word[0][1], word[0][2], word[0][3]);
-        const uint4 high = make_uint4(word[1][0], word[1][1], word[1][2], word[1][3]);
-        uint4* staged = reinterpret_cast<uint4*>(v[step][warp]);
-        __syncwarp();
-        staged[v_row(2 * lane)] = low, staged[v_row(2 * lane + 1)] = high;
-        __syncwarp();
+            unsigned word[2][KEY_GROUPS];
 #pragma unroll
-        for (int i = 0; i < 64; i += 32)
-            if (CHANNELS == HEAD_DIM || first_channel + i < CHANNELS) out[lane + i] = staged[lane + i];
-    }
+            for (int t = 0; t < KEY_GROUPS; ++t) {
+                float y[2][V_KEYS];
+#pragma unroll
+                for (int i = 0; i < V_KEYS; ++i) {
+                    const float2 x = widen(raw[t][i]);
+                    y[0][i] = __fmul_rn(__fsub_rn(x.x, mean.x), inverse.x);
+                    y[1][i] = __fmul_rn(__fsub_rn(x.y, mean.y), inverse.y);
+                }
+                if (!whole) {
+                    const int count = seq_kv - (tile * BLOCK_N + warp_key + step * V_STEP * V_KEYS + t * GROUP_KEYS);  // that exist
+#pragma unroll
+                    for (int i = 0; i < V_KEYS; ++i) {
+                        if (i >= count) y[0][i] = y[1][i] = 0.0f;
+                    }
+                }
+                word[0][t] = v_codes_word(y[0], lost[0], magnitude[0]);
+                word[1][t] = v_codes_word(y[1], lost[1], magnitude[1]);
+            }
+            uint4* out = reinterpret_cast<uint4*>(codes) + (warp / V_WIDTH + step * V_STEP) * V_ROWS + first_channel;
+            const uint4 low = make_uint4(word[0][0], word[0][1], word[0][2], word[0][3]);
+            const uint4 high = make_uint4(word[1][0], word[1][1], word[1][2], word[1][3]);
+            uint4* staged = reinterpret_cast<uint4*>(v[step][warp]);
+            __syncwarp();
+            staged[v_row(2 * lane)] = low, staged[v_row(2 * lane + 1)] = high;
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < 64; i += 32)
+                if (CHANNELS == HEAD_DIM || first_channel + i < CHANNELS) out[lane + i] = staged[lane + i];
+            __syncwarp();
+            copy_step(step);
+        }
 #if ROW_SUM_ROWS
-    // four E4M3 codes of ROW_SUM_UNIT: a power of two, whose exponent has the bias 7 instead of 127
-    const unsigned unit = (__float_as_uint(ROW_SUM_UNIT) / (1 << 23) - 120) * 8 * 0x01010101u;
-    for (int i = threadIdx.x; part == 0 && i < V_CHUNKS * ROW_SUM_ROWS; i += THREADS)
-        reinterpret_cast<uint4*>(codes)[i / ROW_SUM_ROWS * V_ROWS + CHANNELS + i % ROW_SUM_ROWS] =
-            make_uint4(unit, unit, unit, unit);
+        // four E4M3 codes of ROW_SUM_UNIT: a power of two, whose exponent has the bias 7 instead of 127
+        const unsigned unit = (__float_as_uint(ROW_SUM_UNIT) / (1 << 23) - 120) * 8 * 0x01010101u;
+        static_assert(V_CHUNKS * ROW_SUM_ROWS <= THREADS, "a thread has one of these");
+        const int i = threadIdx.x;
+        if (part == 0 && i < V_CHUNKS * ROW_SUM_ROWS)
+            reinterpret_cast<uint4*>(codes)[i / ROW_SUM_ROWS * V_ROWS + CHANNELS + i % ROW_SUM_ROWS] =
+                make_uint4(unit, unit, unit, unit);
 #endif
-    bool exceeds = false;
 #if !V_F16
+        auto& of_tile = sums[tile & 1];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) sums.lost[warp][2 * lane + i] = lost[i], sums.magnitude[warp][2 * lane + i] = magnitude[i];
-    __syncthreads();
-    const int c = threadIdx.x;
-    if (c < V_CHANNELS) {
-        unsigned sum = 0u - BLOCK_N * ROUNDING_BITS;
-        float size = 0.0f;
+        for (int i = 0; i < 2; ++i)
+            of_tile.lost[warp][2 * lane + i] = lost[i], of_tile.magnitude[warp][2 * lane + i] = magnitude[i];
+        __syncthreads();
+        const int c = threadIdx.x;
+        if (c < V_CHANNELS) {
+            unsigned sum = 0u - BLOCK_N * ROUNDING_BITS;
+            float size = 0.0f;
 #pragma unroll
-        for (int i = 0; i < V_STEP; ++i) {
-            sum += sums.lost[i * V_WIDTH + c / 64][c % 64];
-            size = __fadd_rn(size, sums.magnitude[i * V_WIDTH + c / 64][c % 64]);
+            for (int i = 0; i < V_STEP; ++i) {
+                sum += of_tile.lost[i * V_WIDTH + c / 64][c % 64];
+                size = __fadd_rn(size, of_tile.magnitude[i * V_WIDTH + c / 64][c % 64]);
+            }
+            lost_out[part * V_CHANNELS + c] = sum;
+            exceeds |= SAMPLE_KEYS && !(size <= BLOCK_N * V_MAX);
         }
-        lost_out[part * V_CHANNELS + c] = sum;
-        exceeds = SAMPLE_KEYS && !(size <= BLOCK_N * V_MAX);
-    }
 #endif
+    }
     return exceeds;
 }
 

@@ -84,9 +84,11 @@ struct Statistics {
         const long long step = STATISTICS_ROWS * rows.stride;
         int copied = key;
         const auto copy = [&](StatisticsRing::Batch& batch) {
+            if (copied < end) {
 #pragma unroll
-            for (int i = 0; i < StatisticsRing::KEYS; ++i, p += step, copied += STATISTICS_ROWS)
-                rows.copy(&batch[i][threadIdx.x], p, channel, copied < end);
+                for (int i = 0; i < StatisticsRing::KEYS; ++i, p += step, copied += STATISTICS_ROWS)
+                    rows.copy(&batch[i][threadIdx.x], p, channel, copied < end);
+            }
             cp_async_commit();
         };
 #pragma unroll

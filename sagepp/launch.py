@@ -39,8 +39,9 @@ QUANTIZE_WARPS = 4  #: of a CTA of `quantize`
 _PARAMETERS = {
     "quantize": """q k v q_stride_b q_stride_h q_stride_s k_stride_b k_stride_h k_stride_s v_stride_b
         v_stride_h v_stride_s progress chunks k_mean k_factor k_addend q_factor v_mean v_inverse v_scale
-        q_codes q_scale largest_q_scales q_mean_dot k_codes k_scale k_scale_max v_codes lost v_offset batch num_heads_q
-        num_heads_kv group seq_q seq_kv head_dim softmax_scale lead""",
+        q_codes q_scale largest_q_scales q_mean_dot k_codes k_scale k_scale_max v_codes lost v_offset num_heads_q
+        num_heads_kv group seq_q seq_kv head_dim softmax_scale heads_kv lead cta_tiles kv_tile_ctas q_head_ctas
+        by_statistics_ctas by_code_ctas by_round_ctas by_q_head_ctas by_num_heads_kv by_num_heads_q by_group""",
     "attention_mma": """q_codes q_scale largest_q_scales q_mean_dot k_codes k_scale k_scale_max v_codes v_scale v_offset
         o lse o_stride_b o_stride_h o_stride_s batch num_heads_q num_heads_kv seq_q seq_kv head_dim
         causal_offset sm_scale progress""",
@@ -197,7 +198,7 @@ def _workspace(geometry: Geometry, plan: Plan, handovers: int) -> _Arrays:
         "k_scale_max": ((heads_kv,), np.float32),
         "q_codes": ((heads_q, q_tiles, d // width, plan.block_m, width), np.int8),
         "q_scale": rows,
-        "largest_q_scales": ((heads_q, -(-q_tiles * plan.block_m // _q_cta_rows(plan))), np.float32),
+        "largest_q_scales": ((heads_q, _q_tiles(geometry, plan)), np.float32),
         "q_mean_dot": rows if geometry.return_lse else ((0,), np.float32),
         "k_codes": ((heads_kv, kv_tiles, d // width, n, width), np.int8),
         "k_scale": ((heads_kv, kv_tiles, KEY_GROUPS), np.float32),
@@ -209,14 +210,9 @@ def _workspace(geometry: Geometry, plan: Plan, handovers: int) -> _Arrays:
     }
 
 
-def _q_cta_rows(plan: Plan) -> int:
-    """Rows of Q that a CTA of `quantize` takes: `Q_CTA_ROWS` of quantize.cu."""
-    return 128 if plan.head_dim <= 128 else 64
-
-
-def _kv_ctas(plan: Plan) -> int:
-    """CTAs of `quantize` for a tile of K and V: one, and `V_CTAS` of quantize.cu."""
-    return 1 + max(1, plan.head_dim // 128)
+def _q_tiles(geometry: Geometry, plan: Plan) -> int:
+    """Tiles of a head of Q in `quantize`: `q_tiles` of q_scales.cuh."""
+    return -(-_align(geometry.seq_q, plan.block_m) // (128 if plan.head_dim <= 128 else 64))
 
 
 def _ctas_an_sm(plan: Plan) -> int:
@@ -224,20 +220,40 @@ def _ctas_an_sm(plan: Plan) -> int:
     return 6 if plan.head_dim <= 128 else 5
 
 
-def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, int]:
-    """CTAs of `quantize`, and by how many KV heads its statistics are ahead of its codes.
+def divisor(d: int) -> int:
+    """struct Divisor (divisor.cuh), of a number below 2**31, as one integer of 8 bytes."""
+    shift = (d - 1).bit_length()
+    return -((-1 << 32 + shift) // d) - (1 << 32) | shift << 32
 
-    Far enough for the statistics to be ready when the codes start, and, where they are those of all keys, not so far
-    that V has left L2 by then.
+
+def _cta_tiles(code_tiles: int, resident: int) -> int:
+    """Tiles that a CTA of `quantize` makes the codes of, where there are `code_tiles` and the GPU holds `resident` CTAs."""
+    return 2 if code_tiles >= 4 * resident else 1
+
+
+def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, dict[str, int]]:
+    """CTAs of `quantize`, and its arguments that say what they do.
+
+    `lead`, by how many KV heads statistics are ahead of codes: far enough for them to be ready when the codes start,
+    and, where they are those of all keys, not so far that V has left L2 by then.
     """
     g = geometry
-    heads_kv = g.batch * g.num_heads_kv
-    kv_ctas = _statistics_ctas(plan, g.seq_kv) + -(-g.seq_kv // plan.block_n) * _kv_ctas(plan)
-    q_ctas = -(-_align(g.seq_q, plan.block_m) // _q_cta_rows(plan))
+    heads_kv, heads_q = g.batch * g.num_heads_kv, g.batch * g.num_heads_q
+    resident = _ctas_an_sm(plan) * num_sms
+    v_ctas = max(1, plan.head_dim // 128)  # `V_CTAS` of quantize_v.cuh
+    kv_tiles, q_tiles = -(-g.seq_kv // plan.block_n), _q_tiles(g, plan)
+    cta_tiles = _cta_tiles(heads_kv * kv_tiles * (1 + v_ctas) + heads_q * q_tiles, resident)
+    kv_tile_ctas, q_head_ctas = -(-kv_tiles // cta_tiles), -(-q_tiles // cta_tiles)
+    statistics_ctas, code_ctas = _statistics_ctas(plan, g.seq_kv), kv_tile_ctas * (1 + v_ctas)
     ahead = 0.9 * 128 / plan.head_dim  # of the CTAs that the GPU holds
     at_least = 16 if _is_sampled(plan, g.seq_kv) else 4
-    lead = max(at_least, math.ceil(ahead * _ctas_an_sm(plan) * num_sms / kv_ctas))
-    return heads_kv * kv_ctas + g.batch * g.num_heads_q * q_ctas, min(heads_kv, lead)
+    lead = min(heads_kv, max(at_least, math.ceil(ahead * resident / (statistics_ctas + kv_tiles * (1 + v_ctas)))))
+    return heads_kv * (statistics_ctas + code_ctas) + heads_q * q_head_ctas, {
+        "heads_kv": heads_kv, "lead": lead, "cta_tiles": cta_tiles, "kv_tile_ctas": kv_tile_ctas,
+        "q_head_ctas": q_head_ctas, "by_statistics_ctas": divisor(statistics_ctas), "by_code_ctas": divisor(code_ctas),
+        "by_round_ctas": divisor(statistics_ctas + code_ctas), "by_q_head_ctas": divisor(q_head_ctas),
+        "by_num_heads_kv": divisor(g.num_heads_kv), "by_num_heads_q": divisor(g.num_heads_q),
+        "by_group": divisor(g.num_heads_q // g.num_heads_kv)}
 
 
 #: Tiles that cutting an item in two costs, about: another start of the pipeline, and the sums that are passed on.
@@ -299,8 +315,8 @@ class Launch:
         self.shared_items = _shared_items(geometry, plan, grid[0])
         handovers = grid[0] if self.shared_items else 0
         counters, workspace = _counters(geometry, handovers), _workspace(geometry, plan, handovers)
-        quantize_ctas, lead = _quantize_grid(geometry, plan, num_sms)
-        scalars = {**geometry.scalars(plan), "lead": lead, "shared_items": self.shared_items}
+        quantize_ctas, quantize_scalars = _quantize_grid(geometry, plan, num_sms)
+        scalars = {**geometry.scalars(plan), **quantize_scalars, "shared_items": self.shared_items}
 
         names = [*_ARRAYS, *counters, *workspace, *scalars]
         self._arguments = np.zeros(len(names), np.int64)  # of all kernels, 8 bytes each (CUDA is little-endian)

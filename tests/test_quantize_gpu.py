@@ -1,5 +1,7 @@
 """Every buffer that `kernels_src/quantize.cu` writes holds the bits of `reference/quantize.py`."""
 
+from unittest import mock
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -96,7 +98,6 @@ def expected_buffers(q, k, v, sm_scale, smooth_k, plan):
     return {
         **{name: flat(getattr(channels, name)) for name in CHANNELS},
         "q_codes": flat(quantized_q.codes), "q_scale": flat(quantized_q.scale),
-        "largest_q_scales": np.fmax.reduce(flat(quantized_q.scale), axis=1, initial=0),
         "q_mean_dot": flat(quantized_q.mean_dot),
         "k_codes": flat(quantized_k.codes)[:, :, reference.k_order(plan)],
         "k_scale": flat(quantized_k.scale), "k_scale_max": quantized_k.scale_max.reshape(-1),
@@ -117,7 +118,6 @@ def actual_buffers(buffers, seq_q, return_lse, plan):
     actual = {
         **{name: b[name] for name in CHANNELS},
         "q_codes": q_codes[:, :seq_q], "q_scale": b["q_scale"][:, :seq_q],
-        "largest_q_scales": b["largest_q_scales"].max(axis=1),
         "k_codes": natural_order(b["k_codes"]), "k_scale": b["k_scale"], "k_scale_max": b["k_scale_max"],
         "v_codes": codes.transpose(0, 1, 2, 4, 3).reshape(*codes.shape[:2], plan.block_n, plan.channels),
         "v_scale": b["v_scale"] + np.float32(0), "v_offset": b["v_offset"]}
@@ -126,18 +126,28 @@ def actual_buffers(buffers, seq_q, return_lse, plan):
     return actual
 
 
-def check(q, k, v, kernel, placement=("HND", 0, 0), return_lse=True, smooth_k=True, note=""):
-    """Compare the buffers of one call."""
+def check_largest(largest, scales, cta_tiles, plan):
+    """`largest_q_scales` has, for each tile of Q, the largest scale of all tiles of the same CTA."""
+    cta_rows = cta_tiles * (128 if plan.head_dim <= 128 else 64)
+    for tile in range(largest.shape[1]):
+        rows = slice(tile // cta_tiles * cta_rows, (tile // cta_tiles + 1) * cta_rows)
+        assert_same_bits(largest[:, tile], np.fmax.reduce(scales[:, rows], axis=1, initial=0), plan, f"tile {tile}")
+
+
+def check(q, k, v, kernel, placement=("HND", 0, 0), return_lse=True, smooth_k=True, note="", cta_tiles=1):
+    """Compare the buffers of one call, in which a CTA makes the codes of `cta_tiles` tiles."""
     from sagepp import jit, launch
 
     plan = make_plan(jit.family_of(jit.arch_of()), q.shape[3], kernel)
     sm_scale = q.shape[3] ** -0.5
-    buffers = launch.quantize(*(on_gpu(x, *placement) for x in (q, k, v)), sm_scale=sm_scale,
-                              return_lse=return_lse, smooth_k=smooth_k, kernel=kernel)
+    with mock.patch.object(launch, "_cta_tiles", lambda *_: cta_tiles):
+        buffers = launch.quantize(*(on_gpu(x, *placement) for x in (q, k, v)), sm_scale=sm_scale,
+                                  return_lse=return_lse, smooth_k=smooth_k, kernel=kernel)
     actual = actual_buffers(buffers, q.shape[2], return_lse, plan)
     expected = expected_buffers(q, k, v, sm_scale, smooth_k, plan)
     for name, array in actual.items():
         assert_same_bits(array, expected[name], plan, f"{name}; {note}")
+    check_largest(buffers["largest_q_scales"].get(), expected["q_scale"], cta_tiles, plan)
 
 
 def skip_without_plan(kernel, head_dim):
@@ -155,15 +165,16 @@ def kernel(request):
     return request.param
 
 
+@pytest.mark.parametrize("cta_tiles", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 128, 8, 77, 96, 150, 192, 200, 256])
-def test_quantised_buffers_equal_the_reference(kernel, head_dim, dtype):
+def test_quantised_buffers_equal_the_reference(kernel, head_dim, dtype, cta_tiles):
     skip_without_plan(kernel, head_dim)
     rng = np.random.default_rng(head_dim)
-    q = make_values(rng, "normal", (2, 4, 200, head_dim), DTYPES[dtype])
+    q = make_values(rng, "normal", (2, 4, 500, head_dim), DTYPES[dtype])
     k = make_values(rng, "offsets", (2, 2, 1037, head_dim), DTYPES[dtype])
     v = make_values(rng, "offsets", (2, 2, 1037, head_dim), DTYPES[dtype])
-    check(q, k, v, kernel)
+    check(q, k, v, kernel, cta_tiles=cta_tiles)
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -172,7 +183,7 @@ def test_every_kind_of_values(kernel, dtype, values):
     rng = np.random.default_rng(0)
     q, k, v = (make_values(rng, values, (1, 2, seq, 64), DTYPES[dtype]) for seq in (300, 1100, 1100))
     for smooth_k in (True, False):
-        check(q, k, v, kernel, smooth_k=smooth_k)
+        check(q, k, v, kernel, smooth_k=smooth_k, cta_tiles=1 + smooth_k)
 
 
 cases = st.fixed_dictionaries({
@@ -180,7 +191,7 @@ cases = st.fixed_dictionaries({
     "group": st.integers(1, 3), "seq_q": st.integers(1, 300), "seq_kv": st.integers(1, 600) | st.integers(1000, 1500),
     "head_dim": st.integers(1, 128) | st.integers(129, 256), "dtype": st.sampled_from(sorted(DTYPES)),
     "values": st.tuples(*[st.sampled_from(VALUES)] * 3), "layout": st.sampled_from(["HND", "NHD"]),
-    "pad": st.sampled_from([0, 3, 8]), "return_lse": st.booleans(), "smooth_k": st.booleans(),
+    "pad": st.sampled_from([0, 3, 8]), "cta_tiles": st.integers(1, 4), "return_lse": st.booleans(), "smooth_k": st.booleans(),
     "kernel": st.sampled_from([None, "mma", "mma_fp16", "wgmma", "wgmma_fast"])})
 
 
@@ -200,7 +211,7 @@ def test_any_problem(case):
     q, k, v = (make_values(rng, kind, shape, dtype) for kind, shape in zip(case["values"], shapes))
     pad = case["pad"]
     check(q, k, v, case["kernel"], (case["layout"], pad, pad // 2 * (pad != 8)), case["return_lse"],
-          case["smooth_k"], note=str(case))
+          case["smooth_k"], note=str(case), cta_tiles=case["cta_tiles"])
 
 
 def test_two_calls_return_the_same_bits(kernel):

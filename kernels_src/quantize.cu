@@ -19,8 +19,8 @@
 constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;  // bytes of a row of codes of Q or K that lie together
 
 // Q and K: ROW_THREADS threads share a row; block b of a thread, of BLOCKS, is number `block_of_row(b)` of the row. The
-// rows of a CTA are copied to shared memory and worked on in passes, a row for every ROW_THREADS threads; what a pass has
-// read makes room for the rows of a later one.
+// rows of a CTA are copied to shared memory and worked on in passes, a row for every ROW_THREADS threads. There is room
+// for a tile; the rows of the next one take the place of what a pass has done with.
 constexpr int ROW_THREADS = HEAD_DIM < 128 ? 2 : 4;
 constexpr int WARP_ROWS = 32 / ROW_THREADS;
 constexpr int BLOCKS = HEAD_DIM / (ROTATION * ROW_THREADS);
@@ -33,6 +33,7 @@ constexpr int K_PASSES = KEY_GROUPS / PASS_GROUPS;
 static_assert(GROUP_KEYS % WARP_ROWS == 0 && WARPS % GROUP_WARPS == 0 && KEY_GROUPS % PASS_GROUPS == 0,
               "a pass holds whole key groups");
 static_assert(K_PASSES <= PASSES, "there is room for a tile of K");
+static_assert(GROUP_WARPS == 1 || K_PASSES > 1, "a barrier is between two uses of a pass's `warp_largest`");
 static_assert(BLOCK_M % WARP_ROWS == 0 && WARP_ROWS % 8 == 0,
               "a warp's rows of Q lie in one row block, and are swizzled as in any other place");
 
@@ -151,20 +152,19 @@ __device__ __forceinline__ void store_codes(Pass& pass, signed char* tile, const
         *reinterpret_cast<uint4*>(tile + (places.offset[j] ^ flip)) = shared.codes[places.shared_chunk[j]];
 }
 
-// A thread's part of the copies of consecutive passes, rows `first, first + 1, ...` in all; zeros from `exist` on, and no
-// copies from `end` on.
+// A thread's part in the copies of rows `first` to `end` - 1, pass after pass; rows from `exist` on become 0.
 struct RowCopies {
     static constexpr int STEP = 32 / VECTORS;  // rows of a warp at a time
     const Rows& rows;
-    const Half* p;
+    const Half* p;  // of the next one, row number `row`
     int row, exist, end;
 
-    __device__ __forceinline__ RowCopies(const Rows& rows, int first, int exist, int end)
+    __device__ __forceinline__ RowCopies(const Rows& rows, int first, int end, int exist)
         : rows(rows), row(first + threadIdx.x / 32 * WARP_ROWS + threadIdx.x % 32 / VECTORS), exist(exist), end(end) {
         p = rows.at(row, threadIdx.x % VECTORS * 8);
     }
 
-    // Starts the copies of the next pass, to where `pass` was read.
+    // Starts those of the next pass, if there is one.
     template <class Pass> __device__ __forceinline__ void start(Pass& pass) {
         const int vector = threadIdx.x % VECTORS, r = threadIdx.x % 32 / VECTORS;
         if (row < end) {
@@ -179,13 +179,13 @@ struct RowCopies {
 };
 
 // Rows `first_row` to `end_row` - 1 of one head of Q; those from seq_q on are 0.
-// codes: [row block][panel][BLOCK_M][PANEL]; scale (q_scale), mean_dot: [padded_rows]; scale_max: [tiles of Q_TILE_ROWS],
-// the largest of all these rows for each tile of theirs.
+// codes: [row block][panel][BLOCK_M][PANEL]; scale (q_scale), mean_dot: of each row; scale_max: of each Q_TILE_ROWS rows,
+// which gets the largest one of all of these.
 __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int seq_q, int first_row, int end_row,
                                            const unsigned& statistics, int done, const float* k_mean,
                                            const Factor* q_factor, signed char* codes, float* scale,
                                            float* scale_max, float* mean_dot, float softmax_scale) {
-    RowCopies copies(rows, first_row, seq_q, end_row);
+    RowCopies copies(rows, first_row, end_row, seq_q);
     copies.start(shared.passes[0]);
     wait(statistics, done);
     shared.factor.copy(q_factor);
@@ -283,13 +283,14 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
 }
 
 // Codes of tiles `first_tile` to `end_tile` - 1 of K.
-// codes: [tile][panel][BLOCK_N][PANEL], rows in column order; scale: [tile][KEY_GROUPS]; scale_max: of the head, 0 at first.
+// codes: [tile][panel][BLOCK_N][PANEL], rows in column order; scale: [tile][KEY_GROUPS]; scale_max: of the head, 0 at
+// first.
 __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int seq_kv, int first_tile, int end_tile,
                                            const unsigned& statistics, int done, const Factor* k_factor,
                                            const Factor* k_addend, signed char* codes, float* scale, float* scale_max) {
     const int warp = threadIdx.x / 32, group_0 = warp / GROUP_WARPS;
     const int place = warp % GROUP_WARPS * WARP_ROWS + warp_row();  // in the group
-    RowCopies copies(rows, first_tile * BLOCK_N, seq_kv, end_tile * BLOCK_N);
+    RowCopies copies(rows, first_tile * BLOCK_N, end_tile * BLOCK_N, seq_kv);
     copies.start(shared.passes[0]);
     wait(statistics, done);
     shared.factor.copy(k_factor);
@@ -372,8 +373,8 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
             amax = 0.0f, unscale = __int_as_float(0x7FFFFFFF);
         }
         const Pair inverse = int8_inverse(amax);
-        store_codes(shared.passes[pass], codes + static_cast<long long>(group / KEY_GROUPS) * (BLOCK_N * HEAD_DIM), places,
-                    group % KEY_GROUPS * GROUP_FLIP, x, inverse);
+        signed char* tile = codes + static_cast<long long>(group / KEY_GROUPS) * (BLOCK_N * HEAD_DIM);
+        store_codes(shared.passes[pass], tile, places, group % KEY_GROUPS * GROUP_FLIP, x, inverse);
         if (warp % GROUP_WARPS == 0 && threadIdx.x % 32 == 0) {
             const float group_scale = __fmul_rn(int8_scale(amax, inverse), unscale);
             scale[group] = group_scale;
@@ -403,20 +404,21 @@ static __device__ __noinline__ void requantize_v(Shared& shared, Rows rows, int 
     arrive(done.statistics[1], keys.done() + (special ? SPECIAL : 0));
 #pragma unroll 1
     for (int part = 0; part < V_CTAS; ++part) {
-        quantize_v(shared.v, shared.v_sums, rows, 0, num_tiles, part, done.statistics[1], keys, v_mean, v_inverse, codes, lost);
+        quantize_v(shared.v, shared.v_sums, rows, 0, num_tiles, part, done.statistics[1], keys, v_mean, v_inverse, codes,
+                   lost);
         __syncthreads();
     }
 }
 
 // A KV head of the batch has a CTA for each chunk of its statistics (K, then V); V_CTAS of them for the codes of every
-// `cta_tiles` tiles of V, and one for those of K. In the grid, the statistics of the first `lead` heads come first; then,
-// in rounds, the statistics of head `round + lead` and the codes of head `round`; then the codes of the last `lead` heads;
-// and last, for all heads, the codes of Q, a CTA for every `cta_tiles` tiles of Q_TILE_ROWS rows.
+// `cta_tiles` tiles of V, and one for those of K: `kv_tile_ctas` times. In the grid, the statistics of the first `lead`
+// heads come first; then, in rounds, the statistics of head `round + lead` and the codes of head `round`; then the codes
+// of the last `lead` heads; and last, for all heads, the codes of Q, a CTA for every `cta_tiles` tiles of Q_TILE_ROWS rows,
+// `q_head_ctas` a query head.
 //
 // Strides are in elements. The arrays between `progress` and `v_offset` are those of `_counters` and `_workspace` in
 // sagepp/launch.py, which says their shapes; `progress` is 0 at the start, and cleared by the attention kernel; the others
-// are not initialised. `group`: query heads a KV head. CTAs an SM: `_ctas_an_sm` of sagepp/launch.py. A Divisor is the
-// number that it is called by.
+// are not initialised. `group`: query heads a KV head. `by_x` divides by x. CTAs an SM: `_ctas_an_sm` of sagepp/launch.py.
 extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 5 : 6) quantize(
     const Half* q, const Half* k, const Half* v, long long q_stride_b, long long q_stride_h,
     long long q_stride_s, long long k_stride_b, long long k_stride_h, long long k_stride_s,
@@ -480,11 +482,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 5 : 6) qu
     } else if (is_q) {
         const Rows rows(q, b, h_q, q_stride_b, q_stride_h, q_stride_s, head_dim);
         const int row_blocks = ceil_div(seq_q, BLOCK_M), padded_rows = row_blocks * BLOCK_M;
-        const int first_row = index * cta_tiles * Q_TILE_ROWS, end_row = min(first_row + cta_tiles * Q_TILE_ROWS, padded_rows);
+        const int cta_rows = cta_tiles * Q_TILE_ROWS, first_row = index * cta_rows;
         const long long row = static_cast<long long>(head) * padded_rows;
-        quantize_q(shared, rows, seq_q, first_row, end_row, done.statistics[0], keys.done(), k_mean + channels,
-                   q_factor + channels, q_codes + row * HEAD_DIM, q_scale + row,
-                   largest_q_scales + static_cast<long long>(head) * q_tiles(row_blocks), q_mean_dot + row, softmax_scale);
+        largest_q_scales += static_cast<long long>(head) * q_tiles(row_blocks);
+        quantize_q(shared, rows, seq_q, first_row, min(first_row + cta_rows, padded_rows), done.statistics[0],
+                   keys.done(), k_mean + channels, q_factor + channels, q_codes + row * HEAD_DIM, q_scale + row,
+                   largest_q_scales, q_mean_dot + row, softmax_scale);
     } else {
         const bool is_v = index < v_ctas;
         const int part = is_v ? index % V_CTAS : 0;

@@ -14,6 +14,7 @@ constexpr int V_ROWS = CHANNELS + ROW_SUM_ROWS;         // of codes: further cha
 constexpr int V_CHANNELS = HEAD_DIM < 128 ? HEAD_DIM : 128, V_CTAS = HEAD_DIM / V_CHANNELS;
 constexpr int V_WIDTH = V_CHANNELS / 64, V_STEP = WARPS / V_WIDTH;
 constexpr int V_STEPS = V_CHUNKS / V_STEP, V_KEYS = V_CHUNK_KEYS / KEY_GROUPS;
+constexpr int V_STEP_KEYS = V_STEP * V_KEYS;  // of a key group in a step
 
 static_assert(BLOCK_N % 16 == 0, "16 bytes of E4M3 are 4 keys of each key group");
 static_assert(V_CHUNKS % V_STEP == 0, "all warps have as many steps");
@@ -66,28 +67,30 @@ __device__ __forceinline__ unsigned v_codes_word(const float (&y)[V_KEYS], unsig
 #endif
 }
 
-// Part number `part` of tiles `first_tile` to `end_tile` - 1 of V, V_CHANNELS channels: a warp takes a chunk of 64 channels
-// at a time. Returns, to the thread of a channel, whether codes of a tile are too large: by a sample, a NaN or an infinity
-// is, too.
+// Part number `part` of tiles `first_tile` to `end_tile` - 1 of V, V_CHANNELS channels: a warp takes a chunk of 64
+// channels at a time. Returns, to the thread of a channel, whether codes of a tile are too large: by a sample, a NaN or an
+// infinity is, too.
 // codes: [tile][V_CHUNKS][V_ROWS][16 bytes]; lost_out: [tile][HEAD_DIM], in 1 / 65536 of a code (not with FP16 codes).
-__device__ __forceinline__ bool quantize_v(VRows& v, VSums& sums, const Rows& rows, int first_tile, int end_tile, int part,
-                                           const unsigned& statistics, const Keys& keys, const float* v_mean,
-                                           const float* v_inverse, unsigned char* codes, unsigned* lost_out) {
+__device__ __forceinline__ bool quantize_v(VRows& v, VSums& sums, const Rows& rows, int first_tile, int end_tile,
+                                           int part, const unsigned& statistics, const Keys& keys,
+                                           const float* v_mean, const float* v_inverse, unsigned char* codes,
+                                           unsigned* lost_out) {
     const int seq_kv = keys.seq_kv;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first_channel = part * V_CHANNELS + warp % V_WIDTH * 64;
-    const int warp_key = warp / V_WIDTH * V_KEYS;  // in a tile, of its first step
+    const int warp_key = warp / V_WIDTH * V_KEYS;  // in a key group, at its tile's first step
+    // A lane copies 8 channels of V_KEYS keys of key group lane / 8: the steps in turn, tile after tile.
     const int copied_channel = first_channel + lane % 8 * 8;
-    int copied = first_tile * BLOCK_N + warp_key + lane / 8 * GROUP_KEYS;  // of key group lane / 8
+    int copied = first_tile * BLOCK_N + lane / 8 * GROUP_KEYS + warp_key;
     const Half* p = rows.at(copied, copied_channel);
-    const auto copy_step = [&](int step) {  // steps in turn, tile after tile
+    const auto copy_step = [&](int step) {
         if (copied < end_tile * BLOCK_N) {
 #pragma unroll
             for (int i = 0; i < V_KEYS; ++i, p += rows.stride)
                 rows.copy(reinterpret_cast<uint4*>(v[step][warp][lane / 8 * V_KEYS + i]) + lane % 8, p, copied_channel,
                           copied + i < seq_kv);
-            const int skipped = step < V_STEPS - 1 ? (V_STEP - 1) * V_KEYS : BLOCK_N - GROUP_KEYS + (V_STEP - 1) * V_KEYS;
-            p += skipped * rows.stride, copied += skipped + V_KEYS;
+            const int other_groups = step < V_STEPS - 1 ? 0 : BLOCK_N - GROUP_KEYS;  // on the way to the next tile
+            p += (V_STEP_KEYS - V_KEYS + other_groups) * rows.stride, copied += V_STEP_KEYS + other_groups;
         }
         cp_async_commit();
     };
@@ -98,10 +101,11 @@ __device__ __forceinline__ bool quantize_v(VRows& v, VSums& sums, const Rows& ro
     const float2 inverse = __ldcg(reinterpret_cast<const float2*>(v_inverse + channel));
 #pragma unroll
     for (int step = 1; step < V_STEPS; ++step) copy_step(step);
-    codes += static_cast<long long>(first_tile) * (V_CHUNKS * V_ROWS * 16), lost_out += static_cast<long long>(first_tile) * HEAD_DIM;
+    constexpr int TILE_BYTES = V_CHUNKS * V_ROWS * 16;
+    codes += static_cast<long long>(first_tile) * TILE_BYTES, lost_out += static_cast<long long>(first_tile) * HEAD_DIM;
     bool exceeds = false;
 #pragma unroll 1
-    for (int tile = first_tile; tile < end_tile; ++tile, codes += V_CHUNKS * V_ROWS * 16, lost_out += HEAD_DIM) {
+    for (int tile = first_tile; tile < end_tile; ++tile, codes += TILE_BYTES, lost_out += HEAD_DIM) {
         const bool whole = (tile + 1) * BLOCK_N <= seq_kv;
         unsigned lost[2] = {};
         float magnitude[2] = {};
@@ -133,7 +137,8 @@ __device__ __forceinline__ bool quantize_v(VRows& v, VSums& sums, const Rows& ro
                     y[1][i] = __fmul_rn(__fsub_rn(x.y, mean.y), inverse.y);
                 }
                 if (!whole) {
-                    const int count = seq_kv - (tile * BLOCK_N + warp_key + step * V_STEP * V_KEYS + t * GROUP_KEYS);  // that exist
+                    const int key = tile * BLOCK_N + t * GROUP_KEYS + step * V_STEP_KEYS + warp_key;
+                    const int count = seq_kv - key;  // that exist
 #pragma unroll
                     for (int i = 0; i < V_KEYS; ++i) {
                         if (i >= count) y[0][i] = y[1][i] = 0.0f;
@@ -169,7 +174,7 @@ __device__ __forceinline__ bool quantize_v(VRows& v, VSums& sums, const Rows& ro
 #pragma unroll
         for (int i = 0; i < 2; ++i)
             of_tile.lost[warp][2 * lane + i] = lost[i], of_tile.magnitude[warp][2 * lane + i] = magnitude[i];
-        __syncthreads();
+        __syncthreads();  // and who writes them again has seen the next one
         const int c = threadIdx.x;
         if (c < V_CHANNELS) {
             unsigned sum = 0u - BLOCK_N * ROUNDING_BITS;

@@ -227,7 +227,7 @@ def divisor(d: int) -> int:
 
 
 def _cta_tiles(code_tiles: int, resident: int) -> int:
-    """Tiles that a CTA of `quantize` makes the codes of, where there are `code_tiles` and the GPU holds `resident` CTAs."""
+    """Tiles that a CTA of `quantize` makes codes of, where there are `code_tiles` and the GPU holds `resident` CTAs."""
     return 2 if code_tiles >= 4 * resident else 1
 
 
@@ -247,7 +247,8 @@ def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, d
     statistics_ctas, code_ctas = _statistics_ctas(plan, g.seq_kv), kv_tile_ctas * (1 + v_ctas)
     ahead = 0.9 * 128 / plan.head_dim  # of the CTAs that the GPU holds
     at_least = 16 if _is_sampled(plan, g.seq_kv) else 4
-    lead = min(heads_kv, max(at_least, math.ceil(ahead * resident / (statistics_ctas + kv_tiles * (1 + v_ctas)))))
+    head_ctas = statistics_ctas + kv_tiles * (1 + v_ctas)  # if they had one tile each
+    lead = min(heads_kv, max(at_least, math.ceil(ahead * resident / head_ctas)))
     return heads_kv * (statistics_ctas + code_ctas) + heads_q * q_head_ctas, {
         "heads_kv": heads_kv, "lead": lead, "cta_tiles": cta_tiles, "kv_tile_ctas": kv_tile_ctas,
         "q_head_ctas": q_head_ctas, "by_statistics_ctas": divisor(statistics_ctas), "by_code_ctas": divisor(code_ctas),

@@ -1,4 +1,4 @@
-"""`Divisor` (kernels_src/divisor.cuh) divides by multiplying: the number that the host makes is right for every dividend."""
+"""`Divisor` (kernels_src/divisor.cuh) divides by multiplying: what the host makes is right for every dividend."""
 
 from hypothesis import example, given, strategies as st
 

@@ -393,12 +393,12 @@ def test_every_gpu_of_the_host_returns_the_same_bits():
     assert cupy.cuda.runtime.getDevice() == 0
 
 
-# As on four SMs, so that items are cut. Bounds move, a key group is steep, and eight keys of a head of V are so large, or
+# As on four SMs, so that items are cut; a CTA of the quantiser has two tiles. Bounds move, a key group is steep, and eight keys of a head of V are so large, or
 # NaN, that it is quantised twice. The head_dim is an argument.
 SANITIZED = """
 import sys, cupy, numpy as np, sagepp
 from sagepp import launch
-launch._num_sms, launch._CUT_TILES = lambda device: 4, 0
+launch._num_sms, launch._CUT_TILES, launch._cta_tiles = lambda device: 4, 0, lambda *_: 2
 rng = np.random.default_rng(0)
 for is_causal, factor in (False, 1), (False, 300), (True, np.nan):
     q, k, v = (rng.standard_normal((1, 3, s, int(sys.argv[1]))).astype(np.float16) for s in (300, 1700, 1700))

@@ -393,8 +393,8 @@ def test_every_gpu_of_the_host_returns_the_same_bits():
     assert cupy.cuda.runtime.getDevice() == 0
 
 
-# As on four SMs, so that items are cut; a CTA of the quantiser has two tiles. Bounds move, a key group is steep, and eight keys of a head of V are so large, or
-# NaN, that it is quantised twice. The head_dim is an argument.
+# As on four SMs, so that items are cut; a CTA of the quantiser has two tiles. Bounds move, a key group is steep, and
+# eight keys of a head of V are so large, or NaN, that it is quantised twice. The head_dim is an argument.
 SANITIZED = """
 import sys, cupy, numpy as np, sagepp
 from sagepp import launch

@@ -191,8 +191,8 @@ cases = st.fixed_dictionaries({
     "group": st.integers(1, 3), "seq_q": st.integers(1, 300), "seq_kv": st.integers(1, 600) | st.integers(1000, 1500),
     "head_dim": st.integers(1, 128) | st.integers(129, 256), "dtype": st.sampled_from(sorted(DTYPES)),
     "values": st.tuples(*[st.sampled_from(VALUES)] * 3), "layout": st.sampled_from(["HND", "NHD"]),
-    "pad": st.sampled_from([0, 3, 8]), "cta_tiles": st.integers(1, 4), "return_lse": st.booleans(), "smooth_k": st.booleans(),
-    "kernel": st.sampled_from([None, "mma", "mma_fp16", "wgmma", "wgmma_fast"])})
+    "pad": st.sampled_from([0, 3, 8]), "cta_tiles": st.integers(1, 4), "return_lse": st.booleans(),
+    "smooth_k": st.booleans(), "kernel": st.sampled_from([None, "mma", "mma_fp16", "wgmma", "wgmma_fast"])})
 
 
 @given(cases)

@@ -8,10 +8,12 @@
 // does the first tiles of an item, and the next CTA ends with the others (`Schedule`).
 //
 // CTAs start while the last ones of `quantize` are running: the first item is found before its results are waited for.
+// Where heads are late (late_heads.cuh), an item is waited for until its head is there.
 //
 // Grid at most one CTA an SM, block 128 (NUM_WARPGROUPS + 1), DYNAMIC_SHARED_BYTES of dynamic shared memory.
 
 #include "fragments.cuh"
+#include "late_heads.cuh"
 #include "output.cuh"
 #include "progress.cuh"
 #include "q_scales.cuh"
@@ -76,7 +78,8 @@ constexpr int BARRIER_OFFSET = O_OFFSET + CONSUMER_THREADS * O_SHARED_CHANNELS *
 // Barriers, 8 bytes each: an item's Q and scales, and a stage's K and V, have arrived or are done with.
 enum Barrier { Q_FULL, Q_EMPTY = Q_FULL + Q_BUFFERS, FULL = Q_EMPTY + Q_BUFFERS, EMPTY = FULL + STAGES,
                NUM_BARRIERS = EMPTY + STAGES };
-static_assert(Q_BYTES % 1024 == 0 && BARRIER_OFFSET + NUM_BARRIERS * 8 == DYNAMIC_SHARED_BYTES,
+constexpr int READY_OFFSET = BARRIER_OFFSET + NUM_BARRIERS * 8;  // heads that are there, where some are late
+static_assert(Q_BYTES % 1024 == 0 && READY_OFFSET + 16 == DYNAMIC_SHARED_BYTES,
               "sagepp/launch.py counts the same");
 
 extern __shared__ __align__(1024) unsigned char dynamic_shared[];
@@ -96,7 +99,7 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
                                         const float* largest_q_scales, const float* q_mean_dot,
                                         const signed char* k_codes, const float* k_scale, const float* k_scale_max,
                                         const unsigned char* v_codes, const float* v_scale, const float* v_offset,
-                                        const Problem& problem, unsigned* ticket, unsigned* arrivals) {
+                                        const Problem& problem, unsigned* ticket, unsigned* arrivals, bool some_late) {
     RingPosition<STAGES> ring;
     for (int n = 0;; ++n) {
         const int buffer = n % Q_BUFFERS;
@@ -120,9 +123,12 @@ __device__ __forceinline__ void produce(unsigned shared, const signed char* q_co
             while (load_acquire(&before) < CONSUMER_THREADS / 32) {}
             before = 0;  // for the next launch
         }
-        wait_for_previous_kernel();
         const int key_tiles = problem.num_key_tiles();
         const long long kv_head = part.item.kv_head, q_head = part.item.head;
+        if (some_late)
+            await_head(shared + READY_OFFSET, kv_head);
+        else
+            wait_for_previous_kernel();
         destination.k_scale_max = k_scale_max[kv_head];
         const int row_blocks = problem.num_row_blocks();
         const float row_scale = largest_q_scale(largest_q_scales, q_head, row_blocks, part.item.row_block);
@@ -543,9 +549,11 @@ attention(const signed char* q_codes, const float* q_scale, const float* largest
           const float* v_scale, const float* v_offset, void* o, float* lse, long long o_stride_b, long long o_stride_h,
           long long o_stride_s, int batch, int num_heads_q, int num_heads_kv, int seq_q, int seq_kv,
           int head_dim, int causal_offset, float sm_scale, Progress* progress, unsigned* ticket, Handover* handovers,
-          unsigned* arrivals, int shared_items) {
+          unsigned* arrivals, int shared_items, const unsigned* late_tiles, unsigned* late_begun, int early_heads,
+          int head_tiles) {
     unsigned shared = shared_address(dynamic_shared);
     Problem problem{num_heads_q, num_heads_kv, seq_q, seq_kv, causal_offset, batch * num_heads_q, shared_items};
+    const LateHeads late{late_tiles, late_begun, early_heads, batch * num_heads_kv, head_tiles};
     if (threadIdx.x == 0) {
         for (int buffer = 0; buffer < Q_BUFFERS; ++buffer) {
             mbarrier_init(barrier(shared, Q_FULL + buffer), 1);
@@ -559,17 +567,19 @@ attention(const signed char* q_codes, const float* q_scale, const float* largest
     }
     if (static_cast<int>(threadIdx.x) < ONES_BYTES / 16)
         reinterpret_cast<uint4*>(dynamic_shared + ONES_OFFSET)[threadIdx.x] = make_uint4(~0u, ~0u, ~0u, ~0u);
+    if (threadIdx.x == 0) *reinterpret_cast<int*>(dynamic_shared + READY_OFFSET) = 0;
     async_proxy_fence();
     __syncthreads();
     if (threadIdx.x < 128) {
         registers_lower<PRODUCER_REGISTERS>();
-        if (blockIdx.x == 0 && threadIdx.x >= 32) {
+        if (blockIdx.x == 0 && threadIdx.x >= 64) {
             wait_for_previous_kernel();
-            clear(progress, batch * num_heads_kv, threadIdx.x - 32, 96);
+            clear(progress, batch * num_heads_kv, threadIdx.x - 64, 64);
         }
+        if (late.exist() && threadIdx.x / 32 == 1) watch_late_heads(shared + READY_OFFSET, late, gridDim.x);
         if (threadIdx.x < 32 && elect_one())
             produce(shared, q_codes, q_scale, largest_q_scales, q_mean_dot, k_codes, k_scale, k_scale_max, v_codes,
-                    v_scale, v_offset, problem, ticket, arrivals);
+                    v_scale, v_offset, problem, ticket, arrivals, late.exist());
     } else {
         registers_raise<CONSUMER_REGISTERS>();
         Output out{o, lse, o_stride_b, o_stride_h, o_stride_s, head_dim};

@@ -1,4 +1,4 @@
-// Division by numbers that the host knows: `divisor` in sagepp/launch.py.
+// Division by numbers that the host knows: `divisor` in sagepp/schedule.py.
 #pragma once
 
 // x / d for x below 2^31, by the round-up method of Granlund and Montgomery ("Division by Invariant Integers using

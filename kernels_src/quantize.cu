@@ -11,19 +11,13 @@
 // sagepp/launch.py).
 
 #include "divisor.cuh"
-#include "int8.cuh"
+#include "int8_rows.cuh"
 #include "q_scales.cuh"
 #include "quantize_v.cuh"
 #include "statistics.cuh"
 
-constexpr int PANEL = HEAD_DIM < 128 ? HEAD_DIM : 128;  // bytes of a row of codes of Q or K that lie together
-
-// Q and K: ROW_THREADS threads share a row; block b of a thread, of BLOCKS, is number `block_of_row(b)` of the row. The
-// rows of a CTA are copied to shared memory and worked on in passes, a row for every ROW_THREADS threads. There is room
-// for a tile; the rows of the next one take the place of what a pass has done with.
-constexpr int ROW_THREADS = HEAD_DIM < 128 ? 2 : 4;
-constexpr int WARP_ROWS = 32 / ROW_THREADS;
-constexpr int BLOCKS = HEAD_DIM / (ROTATION * ROW_THREADS);
+// The rows of Q and K of a CTA are copied to shared memory and worked on in passes. There is room for a tile; the rows of
+// the next one take the place of what a pass has done with.
 constexpr int PASS_ROWS = THREADS / ROW_THREADS, PASSES = Q_TILE_ROWS / PASS_ROWS;
 
 // K: warps that share a key group, key groups of a pass, passes of a tile.
@@ -36,19 +30,6 @@ static_assert(K_PASSES <= PASSES, "there is room for a tile of K");
 static_assert(GROUP_WARPS == 1 || K_PASSES > 1, "a barrier is between two uses of a pass's `warp_largest`");
 static_assert(BLOCK_M % WARP_ROWS == 0 && WARP_ROWS % 8 == 0,
               "a warp's rows of Q lie in one row block, and are swizzled as in any other place");
-
-__device__ __forceinline__ int row_thread() { return threadIdx.x % ROW_THREADS; }
-__device__ __forceinline__ int warp_row() { return threadIdx.x % 32 / ROW_THREADS; }
-
-__device__ __forceinline__ int block_of_row(int b) { return row_thread() + ROW_THREADS * b; }
-
-constexpr int VECTORS = HEAD_DIM / 8;         // of a row of input, 16 bytes each
-constexpr int CODE_CHUNKS = HEAD_DIM / 16;  // of a row of codes, 16 bytes each
-
-// What the numbers of vectors, and of chunks, are xor-ed with in a warp's rows in shared memory: eight threads beside
-// each other, which have block b of neighbouring rows, then use different banks.
-__device__ __forceinline__ int vector_swizzle(int r) { return HEAD_DIM < 128 ? (r & 1) | (r & 2) << 1 : r & 1; }
-__device__ __forceinline__ int chunk_swizzle(int r) { return HEAD_DIM < 128 ? r & 2 : (r & 1) << 2; }
 
 // Attempts at a key group: where it is not usual, a second one without the elements that are not finite; where it still
 // is not, a third one that is scaled.
@@ -81,42 +62,6 @@ struct __align__(128) Shared {
 };
 
 // ---- 2. rotation and INT8, Q and K -------------------------------------------------------------
-
-// Place of vector `half` (of 2) of a thread's block b in its row: their number, swizzled. What is known of b when
-// compiled stays apart, so that it becomes an offset of the load.
-__device__ __forceinline__ int vector_place(int b, int half) {
-    constexpr int STEP = 2 * ROW_THREADS;
-    const int swizzle = vector_swizzle(warp_row());
-    return (STEP * b ^ (swizzle & -STEP)) + ((2 * row_thread() + half) ^ (swizzle & (STEP - 1)));
-}
-
-// A thread's share of a row, 8 channels at a time: f(the words of the input, numbers to make of them, number of their
-// vector, their block).
-template <class F> __device__ __forceinline__ void load_row(RowValues<BLOCKS>& x, const uint4 (&row)[VECTORS], F f) {
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) f(row[vector_place(b, half)], x[b] + 4 * half, 2 * block_of_row(b) + half, b);
-    }
-}
-
-// FP16 numbers as they are.
-__device__ __forceinline__ void load_row(RowValues<BLOCKS>& x, const uint4 (&row)[VECTORS]) {
-    load_row(x, row, [](const uint4& words, Pair* y, int, int) { load_vector(&words, y); });
-}
-
-// f(8 channels of a thread's share of a row, number of their vector). Rarely, and so not unrolled.
-template <class F> __device__ __forceinline__ void for_each_vector(uint4 (&row)[VECTORS], F f) {
-#pragma unroll 1
-    for (int i = 0; i < 2 * BLOCKS; ++i) f(row[vector_place(i / 2, i % 2)], 2 * block_of_row(i / 2) + i % 2);
-}
-
-__device__ __forceinline__ uint4 words_of(const Pair (&x)[4]) {
-    return make_uint4(x[0].bits, x[1].bits, x[2].bits, x[3].bits);
-}
-
-// What the numbers of the 16-byte chunks of a panel are xor-ed with in a row of codes.
-__device__ __forceinline__ int swizzle(int row) { return PANEL == 128 ? row & 7 : row >> 1 & 3; }
 
 // A thread's chunks of its warp's codes, on their way to a tile [panel][row][PANEL] of `rows` rows, 16-byte chunks
 // swizzled; warp row r is row `tile_row(r)` of the tile.
@@ -164,8 +109,9 @@ struct RowCopies {
         p = rows.at(row, threadIdx.x % VECTORS * 8);
     }
 
-    // Starts those of the next pass, if there is one.
+    // Starts those of the next pass, if there is one, when the warp has done with what is there.
     template <class Pass> __device__ __forceinline__ void start(Pass& pass) {
+        __syncwarp();
         const int vector = threadIdx.x % VECTORS, r = threadIdx.x % 32 / VECTORS;
         if (row < end) {
 #pragma unroll
@@ -211,68 +157,25 @@ __device__ __forceinline__ void quantize_q(Shared& shared, const Rows& rows, int
         __syncwarp();
         auto& row_values = shared.passes[pass].of_warp[threadIdx.x / 32].rows[warp_row()];
         RowValues<BLOCKS> x;
-        float amax, dot[BLOCKS] = {}, unscale = 1.0f;
-#pragma unroll 1
-        for (bool is_scaled = false;; is_scaled = true) {
-            if (is_scaled) {
-                load_row(x, row_values);
-            } else {
-                load_row(x, row_values, [&](const uint4& words, Pair* y, int vector, int b) {
-                    if (WITH_MEAN_DOT) {
-                        float mean[8];
-                        shared.k_mean.load(vector, mean);
-                        add_products(words, mean, dot[b]);
-                    }
-                    unscaled(words, of(vector), y);
-                });
+        float dot[BLOCKS] = {}, unscale;
+        const float amax = rotated_q(x, row_values, unscale, of, [&](const uint4& words, int vector, int b) {
+            if (WITH_MEAN_DOT) {
+                float mean[8];
+                shared.k_mean.load(vector, mean);
+                add_products(words, mean, dot[b]);
             }
-            rotate(x);
-            amax = largest_of_lanes(largest(x), ROW_THREADS);
-            if (__all_sync(~0u, is_usual(amax))) break;
-            if (is_scaled) {
-                if (!is_finite(amax)) {  // an element is not, or overflowed
-                    set_zero(x);
-                    amax = 0.0f, unscale = __int_as_float(0x7FFFFFFF);
-                }
-                break;
-            }
-            float power = 1.0f, of_row = amax;
-#if IN_BF16
-            of_row = 0.0f;
-            for_each_vector(row_values, [&](const uint4& words, int vector) {
-                of_row = max_or_nan(of_row, largest_product(words, of(vector)));
-            });
-            of_row = largest_of_lanes(of_row, ROW_THREADS);
-#endif
-            if (!is_usual(amax)) power = power_of(of_row);
-            unscale = 1.0f / power;
-            for_each_vector(row_values, [&](uint4& words, int vector) {
-                Pair y[4];
-                scaled(words, of(vector), power, y);
-                words = words_of(y);
-            });
-        }
+        });
         const Pair inverse = int8_inverse(amax);
         const float row_scale = __fmul_rn(__fmul_rn(int8_scale(amax, inverse), unscale), softmax_scale);
         largest_of_thread = fmaxf(largest_of_thread, row_scale);
-        if (WITH_MEAN_DOT) {
-#pragma unroll
-            for (int half = BLOCKS / 2; half > 0; half /= 2) {
-#pragma unroll
-                for (int b = 0; b < half; ++b) dot[b] = __fadd_rn(dot[b], dot[b + half]);
-            }
-#pragma unroll
-            for (int half = ROW_THREADS / 2; half > 0; half /= 2)
-                dot[0] = __fadd_rn(dot[0], __shfl_xor_sync(~0u, dot[0], half));
-        }
+        const float sum = WITH_MEAN_DOT ? add_dots(dot) : 0.0f;
         const int first = row - warp_row();
         signed char* row_block = codes + static_cast<long long>(first / BLOCK_M) * BLOCK_M * HEAD_DIM;
         store_codes(shared.passes[pass], row_block + first % BLOCK_M * PANEL, places, 0, x, inverse);
         if (row_thread() == 0) {
             scale[row] = row_scale;
-            if (WITH_MEAN_DOT) mean_dot[row] = dot[0];
+            if (WITH_MEAN_DOT) mean_dot[row] = sum;
         }
-        __syncwarp();
         copies.start(shared.passes[pass]);
     }
     const float largest_of_rows = largest_of_warp(largest_of_thread);
@@ -381,7 +284,6 @@ __device__ __forceinline__ void quantize_k(Shared& shared, const Rows& rows, int
             // >= 0, so ordered as integers are; a NaN counts as 0, so that the other groups have a limit
             atomicMax(reinterpret_cast<int*>(scale_max), __float_as_int(fmaxf(group_scale, 0.0f)));
         }
-        __syncwarp();
         copies.start(shared.passes[pass]);
     }
 }
@@ -413,12 +315,13 @@ static __device__ __noinline__ void requantize_v(Shared& shared, Rows rows, int 
 // A KV head of the batch has a CTA for each chunk of its statistics (K, then V); V_CTAS of them for the codes of every
 // `cta_tiles` tiles of V, and one for those of K: `kv_tile_ctas` times. In the grid, the statistics of the first `lead`
 // heads come first; then, in rounds, the statistics of head `round + lead` and the codes of head `round`; then the codes
-// of the last `lead` heads; and last, for all heads, the codes of Q, a CTA for every `cta_tiles` tiles of Q_TILE_ROWS rows,
-// `q_head_ctas` a query head.
+// of the last `lead` heads; and last the codes of Q, a CTA for every `cta_tiles` tiles of Q_TILE_ROWS rows, `q_head_ctas` a
+// query head. Codes of Q and K are made of the first `early_heads` KV heads: those of the others are late (late_codes.cu),
+// and of their `late_tiles` none is there yet.
 //
 // Strides are in elements. The arrays between `progress` and `v_offset` are those of `_counters` and `_workspace` in
 // sagepp/launch.py, which says their shapes; `progress` is 0 at the start, and cleared by the attention kernel; the others
-// are not initialised. `group`: query heads a KV head. `by_x` divides by x. CTAs an SM: `_ctas_an_sm` of sagepp/launch.py.
+// are not initialised. `group`: query heads a KV head. `by_x` divides by x. CTAs an SM: `ctas_an_sm` of sagepp/schedule.py.
 extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 5 : 6) quantize(
     const Half* q, const Half* k, const Half* v, long long q_stride_b, long long q_stride_h,
     long long q_stride_s, long long k_stride_b, long long k_stride_h, long long k_stride_s,
@@ -427,8 +330,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 5 : 6) qu
     float* v_inverse, float* v_scale, signed char* q_codes, float* q_scale, float* largest_q_scales, float* q_mean_dot,
     signed char* k_codes, float* k_scale, float* k_scale_max, unsigned char* v_codes, unsigned* lost, float* v_offset,
     int num_heads_q, int num_heads_kv, int group, int seq_q, int seq_kv, int head_dim, float softmax_scale, int heads_kv,
-    int lead, int cta_tiles, int kv_tile_ctas, int q_head_ctas, Divisor by_statistics_ctas, Divisor by_code_ctas,
-    Divisor by_round_ctas, Divisor by_q_head_ctas, Divisor by_num_heads_kv, Divisor by_num_heads_q, Divisor by_group) {
+    int early_heads, unsigned* late_tiles, int lead, int cta_tiles, int kv_tile_ctas, int q_head_ctas,
+    Divisor by_statistics_ctas, Divisor by_code_ctas, Divisor by_round_ctas, Divisor by_q_head_ctas,
+    Divisor by_num_heads_kv, Divisor by_num_heads_q, Divisor by_group) {
     __shared__ Shared shared;
     let_next_kernel_start();
     const Keys keys(seq_kv, true);
@@ -477,6 +381,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 5 : 6) qu
         } else {
             finish_k(chunks, keys, k_mean + channels, k_factor + channels, k_addend + channels, q_factor + channels);
             k_scale_max[kv_head] = 0.0f;
+            late_tiles[kv_head] = 0;
         }
         arrive(done.statistics[is_v], 1);
     } else if (is_q) {
@@ -508,6 +413,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 5 : 6) qu
             finish_v_offset(shared.range_sums, lost, num_tiles, seq_kv, v_mean, v_scale,
                             v_offset + (num_tiles + 1) * channels);
         } else {
+            if (kv_head >= early_heads) return;
             const Rows rows(k, b, h, k_stride_b, k_stride_h, k_stride_s, head_dim);
             quantize_k(shared, rows, seq_kv, first_tile, end_tile, done.statistics[0], keys.done(), k_factor + channels,
                        k_addend + channels, k_codes + head_tile * (BLOCK_N * HEAD_DIM), k_scale + head_tile * KEY_GROUPS,

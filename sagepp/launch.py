@@ -1,14 +1,16 @@
-"""The GPU side of `attention`: two launches on the current stream, in one workspace.
+"""The GPU side of `attention`: two or three launches on the current stream, in one workspace.
 
 ``quantize`` (`kernels_src/quantize.cu`) and ``attention`` (`kernels_src/attention_*.cu`), which on Hopper starts
-while the last CTAs of the other are running. Nothing is checked here (`api.py` has done it) and nothing synchronises.
+while the last CTAs of the other are running. In long calls there, ``quantize`` makes the codes of Q and K of the first
+heads alone, and ``late_codes`` (`kernels_src/late_codes.cu`) those of the others, beside ``attention``. Nothing is
+checked here (`api.py` has done it) and nothing synchronises.
 
 What the kernels count is 0 before a call, and again after it: ``attention`` clears the counters of ``quantize``, and
 its own. So a stream keeps them from call to call.
 
 The host must not be slower than the GPU, so what depends on the shapes is worked out once: a `Launch`
 holds kernels, grids and one array of all kernel arguments, which every launch points into. A call then
-writes a handful of addresses and calls the driver twice, without CuPy's argument conversion.
+writes a handful of addresses and calls the driver, without CuPy's argument conversion.
 """
 
 from __future__ import annotations
@@ -19,20 +21,17 @@ import math
 import struct
 import threading
 import weakref
-from dataclasses import dataclass
 from typing import Iterator
 
 import ml_dtypes
 import numpy as np
 
-from . import driver, jit
+from . import driver, jit, schedule
 from .plan import Plan, head_dims, kernels, make_plan
+from .schedule import SUM_CHUNKS, Geometry, align, q_tiles
 
 # As in `kernels_src/quantize.cu` and `statistics.cuh`.
-SUM_CHUNKS = 16  #: partial sums of K and V a head, at most (docs/numerics.md, section 1)
 KEY_GROUPS = 4  #: scales of K a tile
-ROTATION = 16  #: channels of Q and K that are rotated together
-MAX_GRID_YZ = 65535  #: of CUDA, CTAs along y and z
 QUANTIZE_WARPS = 4  #: of a CTA of `quantize`
 
 #: Kernel -> its parameters, in order. Arrays have the names of `_counters` and `_workspace`.
@@ -40,13 +39,19 @@ _PARAMETERS = {
     "quantize": """q k v q_stride_b q_stride_h q_stride_s k_stride_b k_stride_h k_stride_s v_stride_b
         v_stride_h v_stride_s progress chunks k_mean k_factor k_addend q_factor v_mean v_inverse v_scale
         q_codes q_scale largest_q_scales q_mean_dot k_codes k_scale k_scale_max v_codes lost v_offset num_heads_q
-        num_heads_kv group seq_q seq_kv head_dim softmax_scale heads_kv lead cta_tiles kv_tile_ctas q_head_ctas
-        by_statistics_ctas by_code_ctas by_round_ctas by_q_head_ctas by_num_heads_kv by_num_heads_q by_group""",
+        num_heads_kv group seq_q seq_kv head_dim softmax_scale heads_kv early_heads late_tiles lead cta_tiles
+        kv_tile_ctas q_head_ctas by_statistics_ctas by_code_ctas by_round_ctas by_q_head_ctas by_num_heads_kv
+        by_num_heads_q by_group""",
+    "late_codes": """q k q_stride_b q_stride_h q_stride_s k_stride_b k_stride_h k_stride_s k_factor k_addend q_factor
+        k_mean q_codes k_codes q_scale largest_q_scales q_mean_dot k_scale k_scale_max num_heads_q num_heads_kv group
+        seq_q seq_kv head_dim softmax_scale early_heads head_tiles by_head_tiles by_q_tiles by_num_heads_kv
+        by_num_heads_q num_late_tiles late_tiles late_begun""",
     "attention_mma": """q_codes q_scale largest_q_scales q_mean_dot k_codes k_scale k_scale_max v_codes v_scale v_offset
         o lse o_stride_b o_stride_h o_stride_s batch num_heads_q num_heads_kv seq_q seq_kv head_dim
         causal_offset sm_scale progress""",
 }
-_PARAMETERS["attention_wgmma"] = _PARAMETERS["attention_mma"] + " ticket handovers arrivals shared_items"
+_PARAMETERS["attention_wgmma"] = _PARAMETERS["attention_mma"] + """ ticket handovers arrivals
+    shared_items late_tiles late_begun early_heads head_tiles"""
 _PARAMETERS = {kernel: tuple(names.split()) for kernel, names in _PARAMETERS.items()}
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -90,6 +95,24 @@ def attention_defines(plan: Plan, *, bfloat16=False, is_causal=False, return_lse
         ("STAGES", plan.stages), ("DYNAMIC_SHARED_BYTES", attention_shared_bytes(plan)))
 
 
+def late_defines(plan: Plan, *, bfloat16=False, return_lse=False):
+    """Of `late_codes.cu`."""
+    return (
+        ("HEAD_DIM", plan.head_dim), ("BLOCK_M", plan.block_m), ("BLOCK_N", plan.block_n), ("IN_BF16", int(bfloat16)),
+        ("WITH_MEAN_DOT", int(return_lse)), ("ALIGNED", 1), ("LATE_THREADS", _late_threads(plan)),
+        ("LATE_SHARED_BYTES", _late_shared_bytes(plan)))
+
+
+def _late_threads(plan: Plan) -> int:
+    """Of a CTA of `late_codes`: as many as the registers are enough for."""
+    return 384 if plan.head_dim <= 128 else 256
+
+
+def _late_shared_bytes(plan: Plan) -> int:
+    """Dynamic shared memory of `late_codes`: for a warp the rows of two key groups."""
+    return _late_threads(plan) // 32 * 2 * (plan.block_n // KEY_GROUPS) * plan.head_dim * 2
+
+
 def attention_source(plan: Plan) -> str:
     """The file of the attention kernel."""
     return f"attention_{plan.kernel}.cu"
@@ -102,22 +125,12 @@ def attention_shared_bytes(plan: Plan) -> int:
     v_bytes = plan.block_n * (plan.channels + _row_sum_rows(plan)) * (2 if plan.v_dtype == "f16" else 1)
     if plan.kernel == "mma":
         return q_bytes + plan.stages * (k_bytes + v_bytes) + 8 * plan.block_m
-    stage_bytes = _align(k_bytes + v_bytes, 1024)
+    stage_bytes = align(k_bytes + v_bytes, 1024)
     item_bytes = 4 * (2 * plan.block_m + 2 * d + 12)
     q_buffers = 2 if d <= 128 else 1
     o_bytes = 4 * plan.block_m * (plan.channels - 160) if plan.channels > 192 else 0  # what registers cannot hold
     ones_bytes = 32 * plan.block_n if d <= 128 else 0
-    return q_buffers * (q_bytes + item_bytes + 16) + plan.stages * (stage_bytes + 16 + 16) + o_bytes + ones_bytes
-
-
-def attention_grid(plan: Plan, batch: int, num_heads: int, seq_q: int, num_sms: int):
-    """Grid and block size of the attention kernel: (x, y, z), threads."""
-    row_blocks = -(-seq_q // plan.block_m)
-    if plan.kernel == "mma":
-        if max(num_heads, batch) > MAX_GRID_YZ:
-            raise ValueError(f"q has batch {batch} and {num_heads} heads; this kernel takes {MAX_GRID_YZ} of each")
-        return (row_blocks, num_heads, batch), 32 * plan.num_warps
-    return (min(num_sms, row_blocks * num_heads * batch), 1, 1), 32 * plan.num_warps  # persistent
+    return q_buffers * (q_bytes + item_bytes + 16) + plan.stages * (stage_bytes + 16 + 16) + o_bytes + ones_bytes + 16
 
 
 def kernel_variants(arch: str) -> Iterator[tuple[str, str, tuple]]:
@@ -126,6 +139,9 @@ def kernel_variants(arch: str) -> Iterator[tuple[str, str, tuple]]:
     for plan in plans:
         yield "quantize.cu", "quantize", quantize_defines(plan)
         yield "quantize.cu", "quantize", quantize_defines(plan, bfloat16=True, return_lse=True, aligned=False)
+        if plan.kernel == "wgmma":
+            yield "late_codes.cu", "late_codes", late_defines(plan)
+            yield "late_codes.cu", "late_codes", late_defines(plan, bfloat16=True, return_lse=True)
         for bfloat16, is_causal, return_lse in itertools.product((False, True), repeat=3):
             yield attention_source(plan), "attention", attention_defines(
                 plan, bfloat16=bfloat16, is_causal=is_causal, return_lse=return_lse)
@@ -134,164 +150,54 @@ def kernel_variants(arch: str) -> Iterator[tuple[str, str, tuple]]:
 # --- one geometry ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Everything about a call except the data: shapes, strides in elements, options."""
-
-    batch: int
-    num_heads_q: int
-    num_heads_kv: int
-    seq_q: int
-    seq_kv: int
-    head_dim: int
-    strides: tuple[tuple[int, int, int], ...]  #: (b, h, s) of q, k, v, o
-    bfloat16: bool
-    aligned: bool
-    is_causal: bool
-    causal_alignment: str
-    sm_scale: float
-    return_lse: bool
-    smooth_k: bool
-
-    def scalars(self, plan: Plan) -> dict[str, int | np.float32]:
-        """Kernel arguments that are not arrays."""
-        scalars = {name: getattr(self, name) for name in (
-            "batch", "num_heads_q", "num_heads_kv", "seq_q", "seq_kv", "head_dim")}
-        for name, strides in zip("qkvo", self.strides):
-            for axis, stride in zip("bhs", strides):
-                scalars[f"{name}_stride_{axis}"] = stride
-        bottom_right = self.causal_alignment == "bottom-right"
-        scalars["causal_offset"] = self.seq_kv - self.seq_q if self.is_causal and bottom_right else 0
-        scalars["group"] = self.num_heads_q // self.num_heads_kv
-        scalars["sm_scale"] = np.float32(self.sm_scale)
-        # the rotation of Q and K leaves out a factor of 1/4 each
-        scalars["softmax_scale"] = np.float32(self.sm_scale * np.log2(np.e) / ROTATION)
-        return scalars
-
-
 _Arrays = dict[str, tuple[tuple[int, ...], type]]  # name -> shape and dtype
 
 
 def _counters(geometry: Geometry, handovers: int) -> _Arrays:
     """What the kernels count. `handovers`: CTAs of the attention kernel that may pass sums to the next one."""
     return {
-        "progress": ((geometry.batch * geometry.num_heads_kv, 4), np.uint32),  # struct Progress
+        "progress": ((geometry.heads_kv, 4), np.uint32),  # struct Progress
         "ticket": ((1,), np.uint32),  # the next work item of the attention kernel
         "arrivals": ((handovers,), np.uint32),
+        "late_begun": ((1,), np.uint32),
     }
 
 
 def _workspace(geometry: Geometry, plan: Plan, handovers: int) -> _Arrays:
     """Every intermediate array. Channels and rows of queries are the padded ones; `handovers` as above."""
-    heads_q, heads_kv = geometry.batch * geometry.num_heads_q, geometry.batch * geometry.num_heads_kv
+    heads_q, heads_kv = geometry.batch * geometry.num_heads_q, geometry.heads_kv
     d, n = plan.head_dim, plan.block_n
     width = min(d, 128)  # channels of a panel of codes
-    q_tiles, kv_tiles = -(-geometry.seq_q // plan.block_m), -(-geometry.seq_kv // n)
+    row_blocks, kv_tiles = -(-geometry.seq_q // plan.block_m), -(-geometry.seq_kv // n)
     chunk_keys = 8 if plan.v_dtype == "f16" else 16  # in 16 bytes of V
     channels = ((heads_kv, d), np.float32)
     factors = ((heads_kv, d), np.float32 if geometry.bfloat16 else np.float16)
-    rows = ((heads_q, q_tiles * plan.block_m), np.float32)
+    rows = ((heads_q, row_blocks * plan.block_m), np.float32)
     return {
         "chunks": ((heads_kv, 2, SUM_CHUNKS, 2 * d), np.float32),  # K, V; struct ChunkStatistics
         "k_mean": channels, "k_factor": factors, "k_addend": factors, "q_factor": factors,
         "v_mean": channels, "v_inverse": channels, "v_scale": channels,
         "k_scale_max": ((heads_kv,), np.float32),
-        "q_codes": ((heads_q, q_tiles, d // width, plan.block_m, width), np.int8),
+        "q_codes": ((heads_q, row_blocks, d // width, plan.block_m, width), np.int8),
         "q_scale": rows,
-        "largest_q_scales": ((heads_q, _q_tiles(geometry, plan)), np.float32),
+        "largest_q_scales": ((heads_q, q_tiles(geometry, plan)), np.float32),
         "q_mean_dot": rows if geometry.return_lse else ((0,), np.float32),
         "k_codes": ((heads_kv, kv_tiles, d // width, n, width), np.int8),
         "k_scale": ((heads_kv, kv_tiles, KEY_GROUPS), np.float32),
         "v_codes": ((heads_kv, kv_tiles, n // chunk_keys, plan.channels + _row_sum_rows(plan), 16), np.uint8),
         "lost": ((heads_kv, kv_tiles, d), np.uint32),
+        "late_tiles": ((heads_kv,), np.uint32),
         "v_offset": ((heads_kv, kv_tiles + 1, d), np.float32),
         "handovers": ((handovers, plan.channels // 2 + 4 + (plan.channels + _row_sum_rows(plan)) // 4, 2 * plan.block_m),
                       np.float32),  # struct Handover
     }
 
 
-def _q_tiles(geometry: Geometry, plan: Plan) -> int:
-    """Tiles of a head of Q in `quantize`: `q_tiles` of q_scales.cuh."""
-    return -(-_align(geometry.seq_q, plan.block_m) // (128 if plan.head_dim <= 128 else 64))
-
-
-def _ctas_an_sm(plan: Plan) -> int:
-    """CTAs of `quantize` that an SM holds at least: its launch bounds."""
-    return 6 if plan.head_dim <= 128 else 5
-
-
-def divisor(d: int) -> int:
-    """struct Divisor (divisor.cuh), of a number below 2**31, as one integer of 8 bytes."""
-    shift = (d - 1).bit_length()
-    return -((-1 << 32 + shift) // d) - (1 << 32) | shift << 32
-
-
-def _cta_tiles(code_tiles: int, resident: int) -> int:
-    """Tiles that a CTA of `quantize` makes codes of, where there are `code_tiles` and the GPU holds `resident` CTAs."""
-    return 2 if code_tiles >= 4 * resident else 1
-
-
-def _quantize_grid(geometry: Geometry, plan: Plan, num_sms: int) -> tuple[int, dict[str, int]]:
-    """CTAs of `quantize`, and its arguments that say what they do.
-
-    `lead`, by how many KV heads statistics are ahead of codes: far enough for them to be ready when the codes start,
-    and, where they are those of all keys, not so far that V has left L2 by then.
-    """
-    g = geometry
-    heads_kv, heads_q = g.batch * g.num_heads_kv, g.batch * g.num_heads_q
-    resident = _ctas_an_sm(plan) * num_sms
-    v_ctas = max(1, plan.head_dim // 128)  # `V_CTAS` of quantize_v.cuh
-    kv_tiles, q_tiles = -(-g.seq_kv // plan.block_n), _q_tiles(g, plan)
-    cta_tiles = _cta_tiles(heads_kv * kv_tiles * (1 + v_ctas) + heads_q * q_tiles, resident)
-    kv_tile_ctas, q_head_ctas = -(-kv_tiles // cta_tiles), -(-q_tiles // cta_tiles)
-    statistics_ctas, code_ctas = _statistics_ctas(plan, g.seq_kv), kv_tile_ctas * (1 + v_ctas)
-    ahead = 0.9 * 128 / plan.head_dim  # of the CTAs that the GPU holds
-    at_least = 16 if _is_sampled(plan, g.seq_kv) else 4
-    head_ctas = statistics_ctas + kv_tiles * (1 + v_ctas)  # if they had one tile each
-    lead = min(heads_kv, max(at_least, math.ceil(ahead * resident / head_ctas)))
-    return heads_kv * (statistics_ctas + code_ctas) + heads_q * q_head_ctas, {
-        "heads_kv": heads_kv, "lead": lead, "cta_tiles": cta_tiles, "kv_tile_ctas": kv_tile_ctas,
-        "q_head_ctas": q_head_ctas, "by_statistics_ctas": divisor(statistics_ctas), "by_code_ctas": divisor(code_ctas),
-        "by_round_ctas": divisor(statistics_ctas + code_ctas), "by_q_head_ctas": divisor(q_head_ctas),
-        "by_num_heads_kv": divisor(g.num_heads_kv), "by_num_heads_q": divisor(g.num_heads_q),
-        "by_group": divisor(g.num_heads_q // g.num_heads_kv)}
-
-
-#: Tiles that cutting an item in two costs, about: another start of the pipeline, and the sums that are passed on.
-_CUT_TILES = 12
-
-
-def _shared_items(geometry: Geometry, plan: Plan, ctas: int) -> int:
-    """Items that the CTAs of `attention_wgmma.cu` share in equal parts (`Schedule` there): 0 where it does not pay."""
-    g = geometry
-    items, tiles = -(-g.seq_q // plan.block_m) * g.num_heads_q * g.batch, -(-g.seq_kv // plan.block_n)
-    shared = items % ctas + ctas
-    pays = items >= shared > ctas and (2 * ctas - shared) * tiles >= _CUT_TILES * ctas
-    return shared if plan.kernel == "wgmma" and not g.is_causal and pays else 0
-
-
-def _is_sampled(plan: Plan, seq_kv: int) -> bool:
-    """Whether a sample stands for all keys in the statistics: `Keys` of statistics.cuh."""
-    return plan.sample and seq_kv >= 1024
-
-
-def _statistics_ctas(plan: Plan, seq_kv: int) -> int:
-    """Chunks of the statistics of K and V: `Keys` of statistics.cuh."""
-    if _is_sampled(plan, seq_kv):
-        return 2 * min(SUM_CHUNKS, seq_kv // 512)
-    return 2 * -(-seq_kv // max(256, 16 * -(-seq_kv // (16 * SUM_CHUNKS))))
-
-
-def _align(n: int, to: int = 256) -> int:
-    """`n` rounded up to a multiple of `to`. The default is the alignment, in bytes, of arrays in a `_Region`."""
-    return -(-n // to) * to
-
-
 class _Region:
     """Arrays behind each other in memory, and the kernel arguments that are their addresses."""
 
     def __init__(self, arrays: _Arrays, arguments: np.ndarray):
-        sizes = [_align(math.prod(shape) * np.dtype(dtype).itemsize) for shape, dtype in arrays.values()]
+        sizes = [align(math.prod(shape) * np.dtype(dtype).itemsize) for shape, dtype in arrays.values()]
         *offsets, self.bytes = itertools.accumulate(sizes, initial=0)
         self.arrays, self.offsets = arrays, dict(zip(arrays, offsets))
         self._arguments, self._offsets, self._address = arguments, np.array(offsets, np.int64), None
@@ -312,12 +218,14 @@ class Launch:
 
     def __init__(self, geometry: Geometry, plan: Plan, arch: str, num_sms: int, early: bool):
         self.geometry, self.plan = geometry, plan
-        grid, threads = attention_grid(plan, geometry.batch, geometry.num_heads_q, geometry.seq_q, num_sms)
-        self.shared_items = _shared_items(geometry, plan, grid[0])
+        grid, threads = schedule.attention_grid(plan, geometry.batch, geometry.num_heads_q, geometry.seq_q, num_sms)
+        late = schedule.late_heads(geometry, plan, grid[0]) if early else schedule.Late(geometry.heads_kv)
+        self.shared_items = 0 if late.ctas else schedule.count_shared_items(geometry, plan, grid[0])
         handovers = grid[0] if self.shared_items else 0
         counters, workspace = _counters(geometry, handovers), _workspace(geometry, plan, handovers)
-        quantize_ctas, quantize_scalars = _quantize_grid(geometry, plan, num_sms)
-        scalars = {**geometry.scalars(plan), **quantize_scalars, "shared_items": self.shared_items}
+        quantize_ctas, quantize_scalars = schedule.quantize_grid(geometry, plan, num_sms, late.early_heads)
+        scalars = {**geometry.scalars(plan), **quantize_scalars, **late.arguments(geometry, plan),
+                   "shared_items": self.shared_items}
 
         names = [*_ARRAYS, *counters, *workspace, *scalars]
         self._arguments = np.zeros(len(names), np.int64)  # of all kernels, 8 bytes each (CUDA is little-endian)
@@ -330,25 +238,30 @@ class Launch:
         address = {name: self._arguments.ctypes.data + 8 * i for i, name in enumerate(names)}
         self._pointers = [  # to those of each kernel
             np.array([address[name] for name in _PARAMETERS[kernel]], np.uint64)
-            for kernel in ("quantize", f"attention_{plan.kernel}")]
-        of_quantize, of_attention = (pointers.ctypes.data for pointers in self._pointers)
-        quantize, attention = self._get_kernels(arch)
+            for kernel in ("quantize", "late_codes", f"attention_{plan.kernel}")]
+        of_quantize, of_late_codes, of_attention = (pointers.ctypes.data for pointers in self._pointers)
+        quantize, late_codes, attention = self._get_kernels(arch, late.ctas > 0)
         self.quantize = driver.KernelLaunch(
             quantize, (quantize_ctas, 1, 1), 32 * QUANTIZE_WARPS, 0, of_quantize, early=False)
+        self.make_late_codes = late_codes and driver.KernelLaunch(
+            late_codes, (late.ctas, 1, 1), _late_threads(plan), _late_shared_bytes(plan), of_late_codes, early=True)
         self.attend = driver.KernelLaunch(
             attention, grid, threads, attention_shared_bytes(plan), of_attention,
             early=early and plan.kernel == "wgmma")
 
-    def _get_kernels(self, arch: str) -> tuple[int, int]:
-        """CUfunctions of the two kernels."""
+    def _get_kernels(self, arch: str, with_late_codes: bool) -> tuple[int, int | None, int]:
+        """CUfunctions of the kernels."""
         g, plan = self.geometry, self.plan
         quantize = jit.get_kernel("quantize.cu", "quantize", arch, quantize_defines(
             plan, bfloat16=g.bfloat16, return_lse=g.return_lse, smooth_k=g.smooth_k, aligned=g.aligned))
+        late_codes = with_late_codes and jit.get_kernel(
+            "late_codes.cu", "late_codes", arch, late_defines(plan, bfloat16=g.bfloat16, return_lse=g.return_lse),
+            dynamic_shared=_late_shared_bytes(plan))
         attention = jit.get_kernel(
             attention_source(plan), "attention", arch,
             attention_defines(plan, bfloat16=g.bfloat16, is_causal=g.is_causal, return_lse=g.return_lse),
             requires_nvrtc=(12, 8) if plan.v_dtype == "e4m3" else (12, 0), dynamic_shared=attention_shared_bytes(plan))
-        return quantize.kernel.ptr, attention.kernel.ptr
+        return quantize.kernel.ptr, late_codes.kernel.ptr if late_codes else None, attention.kernel.ptr
 
     def bind(self, q: int, k: int, v: int, o: int, lse: int, workspace: int, counters: int) -> None:
         """Set the addresses of the arrays."""
@@ -405,6 +318,8 @@ class Call:
                     counters.ptr)
         try:
             launch.quantize(address)
+            if launch.make_late_codes:
+                launch.make_late_codes(address)
             launch.attend(address)
         except BaseException:
             self._counters.pop(address, None)  # between the two they are not 0

@@ -18,7 +18,7 @@ import time  # noqa: E402
 
 import numpy as np  # noqa: E402
 
-from sagepp import jit, launch  # noqa: E402
+from sagepp import jit, launch, schedule  # noqa: E402
 from sagepp.plan import make_plan  # noqa: E402
 
 from . import bits, strategies  # noqa: E402
@@ -36,7 +36,7 @@ def main(arguments=None):
     parser.add_argument("--json", metavar="FILE", help="also write what is printed")
     options = parser.parse_args(arguments)
     if options.sms:
-        launch._num_sms, launch._CUT_TILES = lambda device: options.sms, 0
+        launch._num_sms, schedule.CUT_TILES = lambda device: options.sms, 0
     with multiprocessing.get_context("fork").Pool(options.workers) as pool:  # before CUDA starts
         record = soak(pool, options)
     print(json.dumps(record, indent=1))

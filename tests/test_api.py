@@ -430,6 +430,24 @@ def test_what_the_driver_gets(gpu, kernel, early):
     assert attention.attributes[0].id == 6 and attention.attributes[0].value == 1
 
 
+def test_what_the_driver_gets_where_heads_are_late(gpu, monkeypatch):
+    """Late codes between the two, on three SMs; both that follow start early."""
+    from sagepp import launch, schedule
+
+    monkeypatch.setattr(schedule, "late_heads", lambda geometry, plan, ctas: schedule.Late(1, 3))
+    call = call_of(*gpu_arrays(), kernel="wgmma")
+    call(*gpu_arrays())
+    quantize, late_codes, attention = gpu.launches
+    defines = dict(launch.late_defines(call._launch.plan))
+    assert tuple(late_codes.grid) == (3, 1, 1) and tuple(late_codes.block) == (defines["LATE_THREADS"], 1, 1)
+    assert late_codes.shared_bytes == defines["LATE_SHARED_BYTES"]
+    assert (quantize.num_attributes, late_codes.num_attributes, attention.num_attributes) == (0, 1, 1)
+    gpu.status[:] = [0, 1]
+    with pytest.raises(RuntimeError, match="status 1"):
+        call(*gpu_arrays())
+    assert len(gpu.launches) == 5 and not call._counters
+
+
 def test_a_stream_keeps_its_counters(gpu):
     arrays = gpu_arrays()
     call = call_of(*arrays)

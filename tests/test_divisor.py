@@ -2,7 +2,7 @@
 
 from hypothesis import example, given, strategies as st
 
-from sagepp.launch import divisor
+from sagepp.schedule import divisor
 
 
 @given(st.integers(1, 2**31 - 1), st.integers(0, 2**31 - 1), st.sampled_from([-1, 0, 1]))

@@ -5,6 +5,7 @@ they start from (a number, by default 0, or "random"). The reference takes the t
 shares it out.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from hypothesis import given, seed, settings
 from strategies import Problem, problems
 
 import sagepp
-from sagepp import jit, launch
+from sagepp import jit, launch, schedule
 from sagepp.plan import make_plan
 
 pytestmark = pytest.mark.gpu
@@ -71,9 +72,28 @@ def assert_same(actual, expected, plan=None, note=""):
         assert_same_bits(x, y, plan, f"{name} {note}")
 
 
+@contextlib.contextmanager
+def late_heads(early_heads, ctas):
+    """Calls in which `late_codes` makes the codes of all KV heads but the first ones, wherever it can."""
+
+    def some_late(geometry, plan, _):
+        heads = geometry.heads_kv
+        can = plan.kernel == "wgmma" and geometry.aligned and early_heads < heads
+        return schedule.Late(early_heads, ctas) if can else schedule.Late(heads)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "late_heads", some_late)
+        patch.setattr(launch, "_calls", launch._Calls())  # of which none was made otherwise
+        yield
+
+
 def check(problem, kernel):
     plan = plan_of(kernel, problem.head_dim)
-    assert_same(strategies.on_gpu(problem, kernel), strategies.by_reference(problem, plan), plan, problem)
+    expected = strategies.by_reference(problem, plan)
+    assert_same(strategies.on_gpu(problem, kernel), expected, plan, problem)
+    if plan.kernel == "wgmma":
+        with late_heads(problem.seed % 2, ctas=1 + problem.seq_kv % 3):
+            assert_same(strategies.on_gpu(problem, kernel), expected, plan, f"late heads, {problem}")
 
 
 # ---------------------------------------------------------------------------- the reference's bits
@@ -141,7 +161,7 @@ def test_a_cta_continues_what_another_began(kernel, num_sms, problem, monkeypatc
 
     plan = plan_of(kernel, problem.head_dim)
     monkeypatch.setattr(launch, "_num_sms", lambda device: num_sms)
-    monkeypatch.setattr(launch, "_CUT_TILES", 0)
+    monkeypatch.setattr(schedule, "CUT_TILES", 0)
     monkeypatch.setattr(launch, "_calls", launch._Calls())  # none of a GPU with more SMs
     arrays = list(map(cupy.asarray, problem.arrays()))
     prepared = launch.prepare(*arrays, return_lse=True, kernel=kernel, **problem.options())
@@ -159,6 +179,57 @@ def test_a_cta_continues_what_another_began(kernel, num_sms, problem, monkeypatc
     for _ in range(3):
         result = sagepp.attention(*arrays, return_lse=True, kernel=kernel, **problem.options())
         assert_same(map(cupy.asnumpy, result), expected, plan, problem)
+
+
+@pytest.mark.parametrize("kernel", ["wgmma", "wgmma_fast"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 192, 256])
+def test_late_heads_have_the_same_bits(kernel, dtype, head_dim):
+    """In every kind of call: with an LSE and without, causal and not; the whole of a head or the GPU is late."""
+    import cupy
+
+    plan = plan_of(kernel, head_dim)
+    for problem in (
+            Problem(2, 3, 2, 300, 1700, head_dim, dtype=dtype, kinds=("normal", "channel offsets", "normal")),
+            Problem(1, 4, 3, 260, 1100, head_dim, dtype=dtype, kinds=("spiked rows", "not finite", "normal"),
+                    is_causal=True, tensor_layout="NHD"),
+            Problem(3, 1, 1, 130, 1025, head_dim, dtype=dtype, kinds=("huge rows", "huge rows", "normal")),
+            Problem(1, 2, 1, 200, 140, head_dim, dtype=dtype, kinds=("any bits", "subnormal", "normal"))):
+        arrays = [problem.stored(x, cupy.asarray) for x in problem.arrays()]
+        options = dict(kernel=kernel, tensor_layout=problem.tensor_layout, **problem.options())
+        expected = sagepp.attention(*arrays, return_lse=True, **options)
+        assert_same(strategies.on_gpu(problem, kernel), strategies.by_reference(problem, plan), plan, problem)
+        for early_heads, ctas in (0, 1), (1, 2), (2, 40):
+            with late_heads(early_heads, ctas):
+                for _ in range(3):
+                    assert_same(map(cupy.asnumpy, sagepp.attention(*arrays, return_lse=True, **options)),
+                                map(cupy.asnumpy, expected), plan, problem)
+                    assert_same_bits(cupy.asnumpy(sagepp.attention(*arrays, **options)), cupy.asnumpy(expected[0]), plan,
+                                     str(problem))
+                for made in launch._calls.of_key.values():
+                    assert bool(made._launch.make_late_codes) == (early_heads < problem.batch * problem.heads_kv)
+                    region, (memory,) = made._launch.counters, made._counters.values()
+                    assert not cupy.ndarray((region.bytes // 4,), np.uint32, memory).any()
+
+
+def test_a_long_call_has_late_heads():
+    """By the rule that is used; and the bits of a call that has none."""
+    import cupy
+
+    plan_of("wgmma", 128)
+    rng = cupy.random.default_rng(0)
+    arrays = [rng.standard_normal((2, 16, 8192, 128), dtype=np.float32).astype(np.float16) for _ in range(3)]
+    for is_causal in False, True:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "_calls", launch._Calls())
+            results = [sagepp.attention(*arrays, is_causal=is_causal) for _ in range(3)]
+            (made,) = launch._calls.of_key.values()
+            assert made._launch.make_late_codes
+        prepared = launch.prepare(*arrays, is_causal=is_causal)
+        prepared.quantize()
+        prepared.attend()
+        for result in results:
+            assert (result.view(np.uint16) == prepared.o.view(np.uint16)).all()
 
 
 @each_kernel
@@ -253,7 +324,8 @@ def test_a_row_does_not_depend_on_the_others(kernel, rows):
 
 
 @each_kernel
-def test_a_graph_replays_the_same_bits_on_new_values(kernel):
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+def test_a_graph_replays_the_same_bits_on_new_values(kernel, late):
     import cupy
 
     plan_of(kernel, 64)
@@ -263,7 +335,7 @@ def test_a_graph_replays_the_same_bits_on_new_values(kernel):
     expected = call(others, kernel, is_causal=True)
     options = dict(is_causal=True, return_lse=True, kernel=kernel)
     stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
+    with late_heads(1, 1) if late else contextlib.nullcontext(), stream:
         sagepp.attention(*buffers, **options)
         stream.begin_capture()
         o, lse = sagepp.attention(*buffers, **options)
@@ -393,18 +465,21 @@ def test_every_gpu_of_the_host_returns_the_same_bits():
     assert cupy.cuda.runtime.getDevice() == 0
 
 
-# As on four SMs, so that items are cut; a CTA of the quantiser has two tiles. Bounds move, a key group is steep, and
-# eight keys of a head of V are so large, or NaN, that it is quantised twice. The head_dim is an argument.
+# As on four SMs, so that items are cut, then with late heads; a CTA of the quantiser has two tiles. Bounds move, a key
+# group is steep, and eight keys of a head of V are so large, or NaN, that it is quantised twice. The head_dim is an
+# argument.
 SANITIZED = """
 import sys, cupy, numpy as np, sagepp
-from sagepp import launch
-launch._num_sms, launch._CUT_TILES, launch._cta_tiles = lambda device: 4, 0, lambda *_: 2
+from sagepp import launch, schedule
+launch._num_sms, schedule.CUT_TILES, schedule.tiles_of_a_cta = lambda device: 4, 0, lambda *_: 2
 rng = np.random.default_rng(0)
-for is_causal, factor in (False, 1), (False, 300), (True, np.nan):
+for is_late, is_causal, factor in (False, False, 1), (False, False, 300), (True, False, 1), (True, True, np.nan):
+    schedule.late_heads = lambda geometry, *_: schedule.Late(1, 2) if is_late else schedule.Late(3)
     q, k, v = (rng.standard_normal((1, 3, s, int(sys.argv[1]))).astype(np.float16) for s in (300, 1700, 1700))
     k[:, 1, 200:208] *= 30
     k[:, 2, 400] *= 5000
     v[:, 2, 200:208] *= factor
+    launch._calls.of_key.clear()
     sagepp.attention(*map(cupy.asarray, (q, k, v)), is_causal=is_causal, return_lse=True)
     cupy.cuda.Device().synchronize()
 """

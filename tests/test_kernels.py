@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
-from sagepp import jit, launch
+from sagepp import jit, launch, schedule
 from sagepp.plan import ARCHITECTURES, make_plan
 
 NATIVE_FP8_MMA = ("sm_89", "sm_120a")
@@ -45,7 +45,8 @@ class Variant(NamedTuple):
             ("causal", "CAUSAL"), ("lse", "RETURN_LSE"), ("lse", "WITH_MEAN_DOT"),
             ("bf16", "OUT_BF16"), ("bf16", "IN_BF16")) if value.get(define)]
         form = [launch.P_FORMS[value["P_FORM"]]] if "P_FORM" in value else []
-        return "-".join([self.arch, kernel, *form, "f16" if value["V_F16"] else "e4m3", f"d{value['CHANNELS']}",
+        v_type = ["f16" if value["V_F16"] else "e4m3"] if "V_F16" in value else []
+        return "-".join([self.arch, kernel, *form, *v_type, f"d{value.get('CHANNELS', value['HEAD_DIM'])}",
                          f"n{value['BLOCK_N']}", *flags])
 
     @property
@@ -59,8 +60,9 @@ class Variant(NamedTuple):
 def variants(arch: str) -> list[Variant]:
     """Of 96 and 192 channels, which take the way of 128 and 256, a quarter: FP16 with an LSE."""
     found = [Variant(arch, *variant) for variant in dict.fromkeys(launch.kernel_variants(arch))]
-    return [variant for variant in found if dict(variant.defines)["CHANNELS"] not in (96, 192)
-            or variant.function != "attention" or {("RETURN_LSE", 1), ("OUT_BF16", 0)} <= set(variant.defines)]
+    return [variant for variant in found
+            if variant.function != "attention" or dict(variant.defines)["CHANNELS"] not in (96, 192)
+            or {("RETURN_LSE", 1), ("OUT_BF16", 0)} <= set(variant.defines)]
 
 
 VARIANTS = [variant for arch in ARCHITECTURES for variant in variants(arch)]
@@ -292,12 +294,22 @@ def test_two_ctas_share_an_sm_on_ada(head_dim):
             assert 2 * registers <= 65536 and 2 * shared <= 100 * 1024, (str(variant), registers, shared)
 
 
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.function == "late_codes"], ids=str)
+def test_late_codes_have_an_sm_for_themselves(variant):
+    """No attention CTA has room beside it; in BF16 a few registers are spilled, beside 128 channels or more."""
+    used, defines = compiled(variant).resources["late_codes"], dict(variant.defines)
+    assert used.registers * defines["LATE_THREADS"] <= 65536 and defines["LATE_SHARED_BYTES"] <= 227 * 1024
+    attention = launch.attention_shared_bytes(make_plan(variant.arch, defines["HEAD_DIM"]))
+    assert defines["LATE_SHARED_BYTES"] + attention + 2048 > 228 * 1024 or used.registers * defines["LATE_THREADS"] > 16384
+    assert used.spill_stores <= (100 if defines["IN_BF16"] else 0), used
+
+
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.function == "quantize"], ids=str)
 def test_as_many_ctas_of_the_quantiser_share_an_sm_as_the_launch_counts_on(variant):
     """65536 registers, given out by 8 a thread, and 64 barriers; on data centre GPUs from Hopper on 228 KiB of shared
     memory, of which a CTA takes 1 for itself."""
     used, head_dim = compiled(variant).resources["quantize"], dict(variant.defines)["HEAD_DIM"]
-    ctas = launch._ctas_an_sm(make_plan(variant.arch, head_dim))
+    ctas = schedule.ctas_an_sm(make_plan(variant.arch, head_dim))
     registers = -(-used.registers // 8) * 8 * 32 * launch.QUANTIZE_WARPS
     assert ctas * registers <= 65536 and 0 < ctas * used.barriers <= 64, used
     if variant.arch in ("sm_90a", "sm_100a"):

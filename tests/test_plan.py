@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import strategies
 
-from sagepp.launch import attention_grid
+from sagepp.schedule import attention_grid
 from sagepp.plan import ARCHITECTURES, FP16_MAX, P_MAX, kernels, make_plan, padded_head_dim, row_sum_unit, v_range
 from sagepp.reference import formats, quantize, tensor_core
 

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, strategies as st
 
-from sagepp import jit, launch
+from sagepp import jit
 from sagepp.plan import make_plan
+from sagepp.schedule import attention_grid, count_shared_items
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -97,11 +98,11 @@ def test_every_tile_is_done_once_and_shares_fit(
         schedule, batch, heads_kv, group, seq_q, seq_kv, top_left, num_sms, cut_tiles):  # fmt: skip
     plan, is_causal, parts_of = schedule
     heads_q = heads_kv * group
-    (ctas, _, _), _ = launch.attention_grid(plan, batch, heads_q, seq_q, num_sms)
+    (ctas, _, _), _ = attention_grid(plan, batch, heads_q, seq_q, num_sms)
     geometry = SimpleNamespace(batch=batch, num_heads_q=heads_q, seq_q=seq_q, seq_kv=seq_kv, is_causal=is_causal)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "_CUT_TILES", cut_tiles)
-        shared_items = launch._shared_items(geometry, plan, ctas)
+        patch.setattr("sagepp.schedule.CUT_TILES", cut_tiles)
+        shared_items = count_shared_items(geometry, plan, ctas)
     causal_offset = 0 if top_left or not is_causal else seq_kv - seq_q
     parts = parts_of(batch, heads_q, heads_kv, seq_q, seq_kv, causal_offset, shared_items, ctas)
 
@@ -135,7 +136,7 @@ def test_every_tile_is_done_once_and_shares_fit(
 def test_causal_ctas_end_together(schedule, batch, heads, seq, num_sms):
     """Up to a quarter of the longest item, where a CTA has more than that to do."""
     plan, _, parts_of = schedule
-    (ctas, _, _), _ = launch.attention_grid(plan, batch, heads, seq, num_sms)
+    (ctas, _, _), _ = attention_grid(plan, batch, heads, seq, num_sms)
     parts = parts_of(batch, heads, heads, seq, seq, 0, 0, ctas)
     ends = [max(part.start + part.end for part in parts if part.cta == cta) for cta in range(ctas)]
     even = sum(part.end for part in parts) / ctas

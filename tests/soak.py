@@ -33,10 +33,13 @@ def main(arguments=None):
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--seed", type=strategies.seed_of, default=0, help='a number, or "random"')
     parser.add_argument("--sms", type=int, help="pretend that the GPU has so many: some problems then have cut items")
+    parser.add_argument("--late-on", type=int, metavar="SMS", help="all KV heads but the first are late, on so many SMs")
     parser.add_argument("--json", metavar="FILE", help="also write what is printed")
     options = parser.parse_args(arguments)
     if options.sms:
         launch._num_sms, schedule.CUT_TILES = lambda device: options.sms, 0
+    if options.late_on:
+        schedule.late_heads = strategies.late_heads(1, options.late_on)
     with multiprocessing.get_context("fork").Pool(options.workers) as pool:  # before CUDA starts
         record = soak(pool, options)
     print(json.dumps(record, indent=1))
@@ -70,7 +73,8 @@ def soak(pool, options):
     gpu = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
     return {
         "command": f"python -m tests.soak --examples {options.examples} --kernel {options.kernel} --seed {options.seed}"
-        + (f" --sms {options.sms}" if options.sms else ""),
+        + (f" --sms {options.sms}" if options.sms else "")
+        + (f" --late-on {options.late_on}" if options.late_on else ""),
         "gpu": gpu, "driver": cupy.cuda.runtime.driverGetVersion(), "arch": arch,
         "cupy": cupy.__version__, "numpy": np.__version__, "nvrtc": ".".join(map(str, jit.nvrtc_version())),
         "problems": len(problems), "values": values, "differing_bits": differing_bits,

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
-from sagepp import attention
+from sagepp import attention, schedule
 from sagepp.plan import ARCHITECTURES, KERNELS, head_dims, kernels, make_plan, padded_head_dim
 from sagepp.reference.attention import attention as reference
 
@@ -275,6 +275,16 @@ def random_problem(seed, index, kernel=None):
 def by_reference(problem, plan):
     """(o, lse) by the reference, NumPy, in the layout HND."""
     return reference(*problem.arrays(), plan=plan, **problem.options())
+
+
+def late_heads(early_heads, ctas):
+    """In place of `late_heads` of sagepp/schedule.py: all but the first KV heads are, wherever they can."""
+
+    def some_late(geometry, plan, _):
+        can = plan.kernel == "wgmma" and geometry.aligned and early_heads < geometry.heads_kv
+        return schedule.Late(early_heads, ctas) if can else schedule.Late(geometry.heads_kv)
+
+    return some_late
 
 
 def on_gpu(problem, kernel):

@@ -75,14 +75,8 @@ def assert_same(actual, expected, plan=None, note=""):
 @contextlib.contextmanager
 def late_heads(early_heads, ctas):
     """Calls in which `late_codes` makes the codes of all KV heads but the first ones, wherever it can."""
-
-    def some_late(geometry, plan, _):
-        heads = geometry.heads_kv
-        can = plan.kernel == "wgmma" and geometry.aligned and early_heads < heads
-        return schedule.Late(early_heads, ctas) if can else schedule.Late(heads)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "late_heads", some_late)
+        patch.setattr(schedule, "late_heads", strategies.late_heads(early_heads, ctas))
         patch.setattr(launch, "_calls", launch._Calls())  # of which none was made otherwise
         yield
 

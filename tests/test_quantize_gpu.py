@@ -136,11 +136,11 @@ def check_largest(largest, scales, cta_tiles, plan):
 
 def check(q, k, v, kernel, placement=("HND", 0, 0), return_lse=True, smooth_k=True, note="", cta_tiles=1):
     """Compare the buffers of one call, in which a CTA makes the codes of `cta_tiles` tiles."""
-    from sagepp import jit, launch
+    from sagepp import jit, launch, schedule
 
     plan = make_plan(jit.family_of(jit.arch_of()), q.shape[3], kernel)
     sm_scale = q.shape[3] ** -0.5
-    with mock.patch.object(launch, "_cta_tiles", lambda *_: cta_tiles):
+    with mock.patch.object(schedule, "tiles_of_a_cta", lambda *_: cta_tiles):
         buffers = launch.quantize(*(on_gpu(x, *placement) for x in (q, k, v)), sm_scale=sm_scale,
                                   return_lse=return_lse, smooth_k=smooth_k, kernel=kernel)
     actual = actual_buffers(buffers, q.shape[2], return_lse, plan)

@@ -1,4 +1,4 @@
-"""Which heads are late: `_late_heads` of sagepp/schedule.py. What they become, only a GPU shows (test_gpu.py)."""
+"""Which heads are late: `late_heads` of sagepp/schedule.py. What they become, only a GPU shows (test_gpu.py)."""
 
 import pytest
 from hypothesis import given, strategies as st
@@ -12,7 +12,7 @@ def geometry(batch, num_heads_q, num_heads_kv, seq_q, seq_kv, head_dim, is_causa
     values = dict(bfloat16=False, aligned=True, causal_alignment="bottom-right", sm_scale=1.0, return_lse=False,
                   smooth_k=True)
     return schedule.Geometry(batch, num_heads_q, num_heads_kv, seq_q, seq_kv, head_dim, strides, is_causal=is_causal,
-                           **{**values, **options})
+                             **{**values, **options})
 
 
 def late_heads(g, kernel="wgmma", num_sms=132):
